@@ -1,0 +1,48 @@
+"""Shared by all tests: poisoned memory, and comparison by relative RMS error."""
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and this machine has none"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """``torch.empty`` gives NaN, so a kernel that reads what it has not written fails at once."""
+
+    def poison(function):
+        def empty(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            if tensor.is_floating_point() and tensor.device.type != "meta":
+                tensor.detach().fill_(float("nan"))
+            return tensor
+
+        return empty
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """RMS of the difference over RMS of the expected values."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)} != {tuple(expected.shape)}"
+    assert bool(torch.isfinite(actual).all()), f"{name}: not finite"
+    error = relative_error(actual, expected)
+    if float(expected.detach().double().norm()) < 1e-12:  # nothing to be relative to
+        error = float(actual.detach().double().norm())
+    assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"

@@ -1,0 +1,222 @@
+"""The scan against the official reference's numbers, gradcheck, and the definition, on the CPU."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import assert_close
+from tests.golden import recipe
+
+from vision_mamba.ops import selective_scan
+from vision_mamba.ops.backend import resolve_backend
+
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "selective_scan_ref.json").read_text())["cases"]
+GRADS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+
+
+def golden_inputs(case):
+    """The case's tensors in the official (batch, channels, L) layout, as float64."""
+    name = case["case"]
+    tensors = {k: recipe.noise(f"{name}.{k}", shape) for k, shape in case["shapes"].items()}
+    tensors["A"] = -np.exp(0.5 * tensors["A"])
+    if "delta_bias" in tensors:
+        tensors["delta_bias"] = -2 + 0.5 * tensors["delta_bias"]
+    delta = tensors["delta"]
+    tensors["delta"] = 0.5 * delta if case["delta_softplus"] else 0.1 * np.abs(delta)
+    return {k: torch.from_numpy(v).requires_grad_() for k, v in tensors.items()}
+
+
+def to_ours(name, tensor):
+    if name in ("u", "delta", "z"):
+        return tensor.transpose(1, 2)
+    if name in ("B", "C"):
+        return tensor.permute(0, 3, 1, 2)
+    return tensor
+
+
+def digest_error(actual, digest):
+    flat = actual.detach().double().numpy().reshape(-1)
+    assert list(actual.shape) == digest["shape"]
+    if "full" in digest:
+        expected, got = np.array(digest["full"]), flat
+    else:
+        expected, got = np.array(digest["values"]), flat[recipe.sample_positions(flat.size)]
+    return np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case", GOLDEN, ids=[c["case"] for c in GOLDEN])
+def test_official_numbers(case, backend):
+    leaves = golden_inputs(case)
+    arguments = {k: to_ours(k, v) for k, v in leaves.items()}
+    y, last_state = selective_scan(
+        **arguments, delta_softplus=case["delta_softplus"], return_last_state=True, backend=backend
+    )
+    y = y.transpose(1, 2)
+    assert digest_error(y, case["out"]) < 1e-12
+    assert digest_error(last_state, case["last_state"]) < 1e-12
+    (y * torch.from_numpy(recipe.noise(f"{case['case']}.dout", y.shape))).sum().backward()
+    for name, expected in case["grad"].items():
+        got = recipe.grad_digest(f"{case['case']}.{name}", leaves[name].grad.numpy())
+        scale = max(expected["l2"], 1e-12)
+        assert abs(got["l2"] - expected["l2"]) <= 1e-11 * scale, name
+        assert abs(got["dot"] - expected["dot"]) <= 1e-10 * scale, name
+
+
+def make_inputs(batch, length, paths, dim, states, groups, dtype, shared=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    u_shape = (batch, length, dim) if shared else (batch, length, paths, dim)
+    inputs = dict(
+        u=normal(*u_shape),
+        delta=normal(batch, length, paths, dim),
+        A=-torch.exp(0.5 * normal(paths, dim, states)),
+        B=normal(batch, length, paths, groups, states),
+        C=normal(batch, length, paths, groups, states),
+        D=normal(paths, dim),
+        z=normal(*u_shape),
+        delta_bias=normal(paths, dim) - 1,
+        initial_state=normal(batch, paths, dim, states),
+    )
+    table = torch.stack([torch.randperm(length, generator=generator) for _ in range(paths)])
+    return {k: v.to(dtype) for k, v in inputs.items()}, table
+
+
+def run(inputs, table, backend, dtype, **options):
+    leaves = {k: v.detach().to(dtype).clone().requires_grad_() for k, v in inputs.items()}
+    y, last_state = selective_scan(**leaves, paths=table, return_last_state=True, backend=backend, **options)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    weight_last = torch.randn(last_state.shape, generator=generator, dtype=torch.float64).to(last_state.dtype)
+    ((y * weight).sum() + (last_state * weight_last).sum()).backward()
+    return {"y": y, "last_state": last_state, **{f"d{k}": v.grad for k, v in leaves.items()}}
+
+
+SHAPES = [  # batch, L, K, D, N, groups
+    (2, 1, 1, 3, 1, 1),
+    (1, 7, 2, 64, 16, 1),
+    (2, 63, 3, 40, 5, 2),
+    (1, 65, 4, 200, 1, 1),
+    (3, 33, 1, 24, 128, 3),
+]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("merge", ["none", "sum"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-L{}-K{}-D{}-N{}-G{}".format(*s))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_cpu_agrees_with_definition(shape, merge, shared, dtype, tolerance):
+    inputs, table = make_inputs(*shape, dtype=dtype, shared=shared)
+    options = dict(delta_softplus=True, merge=merge)
+    actual = run(inputs, table, "cpu", dtype, **options)
+    expected = run(inputs, table, "reference", torch.float64, **options)
+    for name, value in expected.items():
+        assert_close(name, actual[name], value, tolerance)
+
+
+def test_gradcheck():
+    inputs, table = make_inputs(1, 5, 2, 3, 2, 1, torch.float64)
+    names = list(inputs)
+    leaves = [inputs[n].requires_grad_() for n in names]
+
+    def scan(*tensors):
+        return selective_scan(
+            **dict(zip(names, tensors, strict=True)), paths=table, delta_softplus=True, return_last_state=True
+        )
+
+    assert torch.autograd.gradcheck(scan, leaves)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 50.0], ids=["tiny-steps", "usual", "large-steps"])
+@pytest.mark.parametrize("decay", [1e-3, 1.0, 1e3])
+def test_extreme_decay_stays_finite_and_right(scale, decay):
+    generator = torch.Generator().manual_seed(0)
+    u, delta = (torch.randn(1, 300, 8, generator=generator) for _ in range(2))
+    B, C = (torch.randn(1, 300, 4, generator=generator) for _ in range(2))
+    A = torch.full((8, 4), -decay)
+    arguments = [t.requires_grad_() for t in (u, delta.abs() * scale, A, B, C)]
+    y = selective_scan(*arguments)
+    grads = torch.autograd.grad(y.square().sum(), arguments)
+    doubles = [t.detach().double().requires_grad_() for t in arguments]
+    expected = selective_scan(*doubles, backend="reference")
+    expected_grads = torch.autograd.grad(expected.square().sum(), doubles)
+    assert_close("y", y, expected, 2e-5)
+    for name, a, b in zip(("u", "delta", "A", "B", "C"), grads, expected_grads, strict=True):
+        assert_close(f"d{name}", a, b, 2e-4)
+
+
+def test_shared_parameters_equal_repeated_ones():
+    inputs, table = make_inputs(2, 9, 3, 6, 4, 1, torch.float64, shared=True)
+    shared = {k: v[:, :, 0] for k, v in inputs.items() if k in ("delta", "B", "C")}
+    shared |= {k: inputs[k][0] for k in ("A", "D", "delta_bias")}
+    repeated = {k: v.unsqueeze(2).expand(-1, -1, 3, *v.shape[2:]) for k, v in shared.items() if k in ("delta", "B", "C")}
+    repeated |= {k: shared[k].expand(3, *shared[k].shape) for k in ("A", "D", "delta_bias")}
+    short = selective_scan(inputs["u"], **shared, paths=table)
+    assert torch.equal(short, selective_scan(inputs["u"], **repeated, paths=table))
+    assert_close("y", short, selective_scan(inputs["u"], **shared, paths=table, backend="reference"), 1e-12)
+
+
+def test_strided_inputs_equal_contiguous_ones():
+    inputs, _ = make_inputs(2, 12, 1, 8, 4, 1, torch.float32)
+    wide = torch.randn(2, 12, 24)
+    u, z = wide[..., :8], wide[..., 16:]
+    a = selective_scan(u, inputs["delta"][:, :, 0], inputs["A"][0], inputs["B"][:, :, 0], inputs["C"][:, :, 0], z=z)
+    transposed = u.transpose(0, 1).contiguous().transpose(0, 1)
+    b = selective_scan(
+        transposed, inputs["delta"][:, :, 0], inputs["A"][0], inputs["B"][:, :, 0], inputs["C"][:, :, 0], z=z.contiguous()
+    )
+    assert torch.equal(a, b)
+
+
+def test_backward_twice_gives_equal_bits():
+    inputs, table = make_inputs(3, 50, 2, 200, 16, 1, torch.float32)
+    a, b = (run(inputs, table, "cpu", torch.float32, delta_softplus=True, merge="sum") for _ in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_opcheck():
+    inputs, table = make_inputs(2, 5, 2, 4, 3, 1, torch.float32)
+    leaves = {k: v.requires_grad_() for k, v in inputs.items()}
+    initial = leaves.pop("initial_state")
+    arguments = (*leaves.values(), table.int(), initial, True, True, True, "cpu")
+    torch.library.opcheck(torch.ops.vision_mamba.selective_scan, arguments)
+
+
+def test_compiles_without_graph_break():
+    inputs, table = make_inputs(1, 6, 2, 4, 3, 1, torch.float32)
+
+    def scan(x):
+        return selective_scan(**x, paths=table, merge="sum", delta_softplus=True)
+
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(inputs), scan(inputs))
+
+
+def test_second_derivative_is_a_clear_error():
+    inputs, table = make_inputs(1, 4, 1, 2, 2, 1, torch.float64)
+    u = inputs.pop("u").requires_grad_()
+    y = selective_scan(u, **inputs, paths=table)
+    (du,) = torch.autograd.grad(y.square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        du.sum().backward()
+
+
+def test_bad_input_is_named():
+    inputs, table = make_inputs(1, 6, 2, 4, 3, 1, torch.float32)
+    with pytest.raises(ValueError, match=r"paths\[1\] is not a permutation"):
+        selective_scan(**inputs, paths=torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 4]]))
+    with pytest.raises(ValueError, match=r"paths\[0\] is not a permutation"):
+        selective_scan(**inputs, paths=table + 1)
+    with pytest.raises(ValueError, match="A has shape"):
+        selective_scan(**{**inputs, "A": inputs["A"][:, :3]}, paths=table)
+    with pytest.raises(ValueError, match="merge='mean'"):
+        selective_scan(**inputs, paths=table, merge="mean")
+    with pytest.raises(ValueError, match="unknown scan backend 'cuda'.*triton, cpu, reference"):
+        selective_scan(**inputs, paths=table, backend="cuda")
+    with pytest.raises(RuntimeError, match="use 'triton' or 'reference'"):
+        resolve_backend("cpu", torch.device("cuda"))

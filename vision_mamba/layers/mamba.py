@@ -1,0 +1,123 @@
+"""The Mamba token mixer along any number of scan paths."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import causal_conv1d, selective_scan
+
+
+class MambaMixer(nn.Module):
+    """Mamba block (Gu & Dao 2023, figure 3) whose scan walks K paths at once.
+
+    One input projection, gate and output projection serve all paths, token by token in raster order.
+    Convolution, projections to delta, B, C, and A, D belong to a path (Zhu et al. 2024, Vim,
+    algorithm 1); with ``share_paths`` one set serves all paths after a convolution in raster order,
+    and only A is a path's own.
+
+    Args:
+        dim: channels of a token.
+        d_state: states N a channel.
+        d_conv: width of the causal convolution.
+        expand: inner channels as a multiple of ``dim``.
+        dt_rank: rank of the step-size projection; ``ceil(dim / 16)`` if None.
+        num_paths: K.
+        share_paths: one convolution, projection and D for all paths.
+        average: mean over the paths instead of their sum.
+        layer_scale: initial value of a learned scale of the output, or None for none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        num_paths: int = 2,
+        share_paths: bool = False,
+        average: bool = False,
+        layer_scale: float | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        inner = expand * dim
+        sets = 1 if share_paths else num_paths
+        self.d_state, self.num_paths, self.share_paths = d_state, num_paths, share_paths
+        self.average = average
+        self.dt_rank = dt_rank or math.ceil(dim / 16)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.conv_weight = nn.Parameter(torch.empty(sets, inner, d_conv, **dd))
+        self.conv_bias = nn.Parameter(torch.empty(sets, inner, **dd))
+        self.x_proj_weight = nn.Parameter(torch.empty(sets, self.dt_rank + 2 * d_state, inner, **dd))
+        self.dt_proj_weight = nn.Parameter(torch.empty(sets, inner, self.dt_rank, **dd))
+        self.dt_proj_bias = nn.Parameter(torch.empty(sets, inner, **dd))
+        self.A_log = nn.Parameter(torch.empty(num_paths, inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(sets, inner, **dd))
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.gamma = nn.Parameter(torch.empty(dim, **dd)) if layer_scale is not None else None
+        self._layer_scale = layer_scale
+        self.reset_parameters()
+
+    def reset_parameters(self, dt_min: float = 0.001, dt_max: float = 0.1) -> None:
+        """S4D-real A, and step sizes log-uniform in [dt_min, dt_max] (Gu & Dao 2023, section 3.6)."""
+        conv_bound = 1 / math.sqrt(self.conv_weight.shape[-1])
+        nn.init.uniform_(self.conv_weight, -conv_bound, conv_bound)
+        nn.init.uniform_(self.conv_bias, -conv_bound, conv_bound)
+        x_bound = 1 / math.sqrt(self.x_proj_weight.shape[-1])
+        nn.init.uniform_(self.x_proj_weight, -x_bound, x_bound)
+        dt_bound = self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj_weight, -dt_bound, dt_bound)
+        with torch.no_grad():
+            dt = torch.rand_like(self.dt_proj_bias) * math.log(dt_max / dt_min) + math.log(dt_min)
+            dt = dt.exp().clamp_min(1e-4)
+            self.dt_proj_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+            self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+        if self.gamma is not None:
+            nn.init.constant_(self.gamma, self._layer_scale)
+
+    def forward(self, x: Tensor, paths: Tensor) -> Tensor:
+        """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
+        batch, length, _ = x.shape
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        if self.share_paths:
+            x = causal_conv1d(x, self.conv_weight[0], self.conv_bias[0], activation="silu").unsqueeze(2)
+        else:
+            x = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", paths=paths)
+        sets = x.shape[2]
+
+        # One batched product for all paths, (K, batch * L, channels), without a copy of x.
+        by_path = x.reshape(batch * length, sets, -1).transpose(0, 1)
+        projected = torch.bmm(by_path, self.x_proj_weight.transpose(1, 2))
+        dt, B, C = projected.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        delta = torch.bmm(dt, self.dt_proj_weight.transpose(1, 2))
+
+        def tokens(tensor: Tensor) -> Tensor:  # -> (batch, L, K, channels), or without K if shared
+            tensor = tensor.unflatten(1, (batch, length)).permute(1, 2, 0, 3)
+            return tensor.squeeze(2) if self.share_paths else tensor
+
+        # A, D, the bias and the states stay float32 under autocast: bf16 steps would lose the slow decays.
+        y = selective_scan(
+            x.squeeze(2) if self.share_paths else x,
+            tokens(delta),
+            -torch.exp(self.A_log.float()) if self.A_log.dtype != torch.float64 else -torch.exp(self.A_log),
+            tokens(B),
+            tokens(C),
+            self.D[0] if self.share_paths else self.D,
+            z,
+            self.dt_proj_bias[0] if self.share_paths else self.dt_proj_bias,
+            delta_softplus=True,
+            paths=paths,
+            merge="sum",
+        )
+        if self.average:
+            y = y / self.num_paths
+        y = self.out_proj(y)
+        return y if self.gamma is None else y * self.gamma

@@ -1,0 +1,80 @@
+"""Patch embedding with a stride of its own."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class OverlapPatchEmbed(nn.Module):
+    """One convolution from image to tokens; patches overlap where the stride is below their size.
+
+    timm's ``PatchEmbed`` has no stride. Positions a side: ``(size - patch_size) // stride + 1``.
+
+    Args:
+        img_size: (height, width) in pixels that the model is built for.
+        patch_size: side of a patch in pixels.
+        stride: pixels between patches.
+        in_chans: image channels.
+        embed_dim: channels of a token.
+        dynamic_img_size: accept any size in ``forward``.
+
+    Raises:
+        ValueError: an image size that patches and stride do not tile exactly.
+    """
+
+    def __init__(
+        self,
+        img_size: tuple[int, int],
+        patch_size: int,
+        stride: int,
+        *,
+        in_chans: int,
+        embed_dim: int,
+        dynamic_img_size: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.stride, self.dynamic_img_size = patch_size, stride, dynamic_img_size
+        self.set_input_size(img_size)
+        self.proj = nn.Conv2d(
+            in_chans, embed_dim, kernel_size=patch_size, stride=stride, device=device, dtype=dtype
+        )
+
+    def set_input_size(self, img_size: tuple[int, int]) -> None:
+        self.grid_size = self.dynamic_feat_size(img_size)
+        self.img_size = tuple(img_size)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        return self.stride if as_scalar else (self.stride, self.stride)
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in tokens of an image of (height, width) pixels."""
+        for name, size in zip(("height", "width"), img_size, strict=True):
+            if size < self.patch_size or (size - self.patch_size) % self.stride:
+                lower = max(size - (size - self.patch_size) % self.stride, self.patch_size)
+                raise ValueError(
+                    f"image {name} {size} is not tiled by patches of {self.patch_size} with stride {self.stride}; "
+                    f"nearest sizes are {lower} and {lower + self.stride}"
+                )
+        rows, columns = ((size - self.patch_size) // self.stride + 1 for size in img_size)
+        return rows, columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, height, width) -> (batch, rows, columns, embed_dim).
+
+        Raises:
+            ValueError: another size than ``img_size`` without ``dynamic_img_size``, or one that patches do not tile.
+        """
+        size = (x.shape[-2], x.shape[-1])
+        if not self.dynamic_img_size and size != self.img_size:
+            raise ValueError(
+                f"image is {size[0]}x{size[1]}, the model was built for {self.img_size[0]}x{self.img_size[1]}; "
+                f"resize it, or create the model with img_size={size} or dynamic_img_size=True"
+            )
+        self.dynamic_feat_size(size)
+        return self.proj(x).permute(0, 2, 3, 1)

@@ -1,0 +1,9 @@
+"""Model families; importing this package registers them with timm."""
+
+from .. import _identity
+
+_identity.check_not_shadowed()
+
+from .vim import VisionMamba  # noqa: E402
+
+__all__ = ["VisionMamba"]

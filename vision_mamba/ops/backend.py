@@ -1,0 +1,44 @@
+"""Which implementation runs an op: by device, by argument, or by ``VISION_MAMBA_BACKEND``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("triton", "cpu", "reference")
+_FROM_ENVIRONMENT = os.environ.get("VISION_MAMBA_BACKEND")
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def resolve_backend(backend: str | None, device: torch.device) -> str:
+    """The name of the backend to run on ``device``.
+
+    ``backend`` wins over the environment variable ``VISION_MAMBA_BACKEND`` (read at import), which
+    wins over the device's default: ``cpu`` on the CPU, ``triton`` elsewhere.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend cannot run on this device; there is no silent fallback.
+    """
+    name = backend or _FROM_ENVIRONMENT or ("cpu" if device.type in ("cpu", "meta") else "triton")
+    if name not in BACKENDS:
+        raise ValueError(f"unknown scan backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    if name == "cpu" and device.type not in ("cpu", "meta"):
+        raise RuntimeError(f"backend 'cpu' got tensors on {device}; use 'triton' or 'reference', or move them")
+    if name == "triton":
+        if device.type == "cpu" and not _INTERPRETED:
+            raise RuntimeError(
+                "backend 'triton' got tensors on the CPU; use backend 'cpu', or set TRITON_INTERPRET=1 to debug kernels"
+            )
+        if importlib.util.find_spec("triton") is None:
+            raise RuntimeError(f"no triton installed for {device}; install triton or choose backend='reference'")
+    return name
+
+
+def load_backend(name: str) -> ModuleType:
+    """The package of a backend, imported at first use: numba and triton are slow to import."""
+    return importlib.import_module(f".{name}", __package__)

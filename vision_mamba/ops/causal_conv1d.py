@@ -1,0 +1,104 @@
+"""Depthwise causal convolution along scan paths: public function, custom operator, autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backend import load_backend, resolve_backend
+from .selective_scan import canonical_paths
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    paths: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Each path convolves the tokens in its own visit order; the result is in raster order.
+
+    ``y_t = act(bias + sum_w weight[w] * x_(t - width + 1 + w))`` with zeros before the first token
+    (Gu & Dao 2023, section 3.4; the token mixer's local convolution).
+
+    Args:
+        x: tokens, (batch, L, D), read by every path.
+        weight: (K, D, width), or (D, width) for all paths.
+        bias: (K, D) or (D,).
+        activation: None or ``"silu"``.
+        paths: (K, L) integer permutations of the tokens, or (L,) for one path; None is raster order.
+        backend: ``"triton"``, ``"cpu"`` or ``"reference"``; by device if None.
+
+    Returns:
+        (batch, L, K, D) in the dtype of ``x``; (batch, L, D) where neither ``weight`` nor ``paths`` has a K axis.
+
+    Raises:
+        ValueError: shapes that do not fit together or an unknown name.
+        RuntimeError: the backend cannot run on the tensors' device.
+    """
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation={activation!r}: allowed are None and 'silu'")
+    if x.ndim != 3 or weight.ndim not in (2, 3) or weight.shape[-2] != x.shape[-1]:
+        raise ValueError(
+            f"x must be (batch, L, D) and weight (K, D, width) or (D, width), got {tuple(x.shape)}, {tuple(weight.shape)}"
+        )
+    name = resolve_backend(backend, x.device)
+    has_paths = weight.ndim == 3 or (paths is not None and paths.ndim == 2)
+    paths = canonical_paths(paths, weight.shape[0] if weight.ndim == 3 else None, x.shape[1], x.device)
+    weight = weight.expand(paths.shape[0], *weight.shape[-2:])
+    if bias is not None:
+        if tuple(bias.shape) not in ((x.shape[-1],), tuple(weight.shape[:2])):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({x.shape[-1]},) or {tuple(weight.shape[:2])}")
+        bias = bias.expand(weight.shape[:2])
+    if name == "reference":
+        y = reference.causal_conv1d(x, weight, bias, activation=activation, paths=paths)
+    else:
+        y = torch.ops.vision_mamba.causal_conv1d(x, weight, bias, paths, activation == "silu", name)
+    return y if has_paths else y.squeeze(2)
+
+
+@torch.library.custom_op("vision_mamba::causal_conv1d", mutates_args=())
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, paths: Tensor, silu: bool, backend: str) -> Tensor:
+    return load_backend(backend).causal_conv1d_forward(x, weight, bias, paths, silu)
+
+
+@_conv.register_fake
+def _(x, weight, bias, paths, silu, backend):
+    return x.new_empty((x.shape[0], x.shape[1], weight.shape[0], x.shape[2]))
+
+
+@torch.library.custom_op("vision_mamba::causal_conv1d_backward", mutates_args=())
+def _conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, paths: Tensor, silu: bool, backend: str
+) -> list[Tensor]:
+    grads = load_backend(backend).causal_conv1d_backward(dy, x, weight, bias, paths, silu)
+    return [grad for grad in grads if grad is not None]
+
+
+@_conv_backward.register_fake
+def _(dy, x, weight, bias, paths, silu, backend):
+    present = (x, weight, bias)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in present if t is not None]
+
+
+def _no_second_order(ctx, *grads):
+    raise RuntimeError("causal_conv1d has no second derivative; use backend='reference' for double backward")
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, paths, silu, backend = inputs
+    ctx.save_for_backward(x, weight, bias, paths)
+    ctx.options = (silu, backend)
+
+
+def _conv_autograd(ctx, dy):
+    grads = torch.ops.vision_mamba.causal_conv1d_backward(dy, *ctx.saved_tensors, *ctx.options)
+    dbias = grads[2] if ctx.saved_tensors[2] is not None else None
+    return grads[0], grads[1], dbias, None, None, None
+
+
+_conv.register_autograd(_conv_autograd, setup_context=_setup_context)
+_conv_backward.register_autograd(_no_second_order)

@@ -1,0 +1,171 @@
+"""What the CPU kernels share: vectorisable exp, tensor views, a thread pool."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+# Sums may be reordered and a division by zero does not raise: both let LLVM vectorise the loops.
+# NaN and Inf keep their meaning.
+KERNEL = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+# `reassoc` would cancel the rounding trick of exp2; set explicitly, for numba passes a caller's flags on.
+_ELEMENTWISE = {"error_model": "numpy", "fastmath": {"contract"}}
+LOG2E = math.log2(math.e)
+
+
+@intrinsic
+def _float_bits(typingctx, x):
+    return numba.int32(numba.float32), lambda context, builder, signature, args: builder.bitcast(
+        args[0], ir.IntType(32)
+    )
+
+
+@intrinsic
+def _bits_float(typingctx, bits):
+    return numba.float32(numba.int32), lambda context, builder, signature, args: builder.bitcast(
+        args[0], ir.FloatType()
+    )
+
+
+def exp2(x):
+    """``2 ** x`` in the precision of ``x``; float32 within 2e-7, in a form that vectorises."""
+    return type(x)(2.0) ** x
+
+
+def _exp2_float32(x):
+    f32 = np.float32
+    if x < f32(-126.0):  # flush to about 1e-38: no denormals
+        x = f32(-126.0)
+    if x > f32(128.0):  # becomes inf below
+        x = f32(128.0)
+    # Adding 1.5 * 2**23 rounds to the nearest integer, which then stands in the low bits.
+    shifted = x + f32(12582912.0)
+    whole = _float_bits(shifted) - np.int32(0x4B400000)
+    part = x - (shifted - f32(12582912.0))
+    p = f32(1.5403530e-4)
+    p = p * part + f32(1.3333558e-3)
+    p = p * part + f32(9.6181291e-3)
+    p = p * part + f32(5.5504109e-2)
+    p = p * part + f32(2.4022651e-1)
+    p = p * part + f32(6.9314718e-1)
+    p = p * part + f32(1.0)
+    return p * _bits_float(np.int32((whole + np.int32(127)) << np.int32(23)))
+
+
+@overload(exp2, jit_options=_ELEMENTWISE)
+def _exp2(x):
+    if x == numba.float32:
+        return _exp2_float32
+    return lambda x: 2.0**x
+
+
+def sigmoid(x):
+    """``1 / (1 + exp(-x))``."""
+    return 1.0 / (1.0 + math.exp(-x))
+
+
+def _sigmoid_float32(x):
+    one = np.float32(1.0)
+    return one / (one + exp2(x * np.float32(-LOG2E)))
+
+
+@overload(sigmoid, jit_options=_ELEMENTWISE)
+def _sigmoid(x):
+    return _sigmoid_float32 if x == numba.float32 else lambda x: 1.0 / (1.0 + math.exp(-x))
+
+
+def softplus(x):
+    """``log(1 + exp(x))``."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def _softplus_float32(x):
+    # log1p(e) = 2 artanh(e / (2 + e)) with e = exp(-|x|) <= 1: this series is exact to float32.
+    f32 = np.float32
+    e = exp2(abs(x) * f32(-LOG2E))
+    s = e / (f32(2.0) + e)
+    q = s * s
+    p = f32(1.0 / 13.0)
+    p = p * q + f32(1.0 / 11.0)
+    p = p * q + f32(1.0 / 9.0)
+    p = p * q + f32(1.0 / 7.0)
+    p = p * q + f32(1.0 / 5.0)
+    p = p * q + f32(1.0 / 3.0)
+    p = p * q + f32(1.0)
+    return (x if x > f32(0.0) else f32(0.0)) + f32(2.0) * s * p
+
+
+@overload(softplus, jit_options=_ELEMENTWISE)
+def _softplus(x):
+    if x == numba.float32:
+        return _softplus_float32
+    return lambda x: max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def flat(tensor: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The tensor's memory as a 1-D array from its first element on, and its strides in elements.
+
+    Broadcast (stride 0) and sliced tensors need no copy; only the last axis must be dense.
+    """
+    tensor = tensor.detach()
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+        tensor = tensor.contiguous()
+    strides = tensor.stride()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    return tensor.as_strided((span,), (1,)).numpy(), strides
+
+
+@numba.njit(cache=True)
+def _first_bad_path(paths):
+    num_paths, length = paths.shape
+    seen = np.empty(length, np.bool_)
+    for k in range(num_paths):
+        seen[:] = False
+        for t in range(length):
+            token = paths[k, t]
+            if token < 0 or token >= length or seen[token]:
+                return k
+            seen[token] = True
+    return -1
+
+
+def check_paths(paths: Tensor) -> np.ndarray:
+    """(K, L) int32 as an array; an index outside the image would be a write to foreign memory."""
+    array = paths.contiguous().numpy()
+    bad = _first_bad_path(array)
+    if bad >= 0:
+        raise ValueError(f"paths[{bad}] is not a permutation of the {array.shape[1]} token indices")
+    return array
+
+
+_pool: tuple[int, int, ThreadPoolExecutor] | None = None
+
+
+def run_tasks(kernel: Callable, num_tasks: int, *args) -> None:
+    """Call ``kernel(start, stop, *args)`` over ``range(num_tasks)`` on ``torch.get_num_threads()`` threads.
+
+    The kernels release the GIL. Our own pool, not numba's: it is safe when several Python threads
+    call in, after a fork (a new process gets a new pool), and it obeys ``torch.set_num_threads``.
+    """
+    global _pool
+    threads = min(torch.get_num_threads(), num_tasks)
+    if threads <= 1:
+        kernel(0, num_tasks, *args)
+        return
+    key = (os.getpid(), threads)
+    if _pool is None or _pool[0] != key[0] or _pool[1] < threads:
+        _pool = (*key, ThreadPoolExecutor(threads - 1, thread_name_prefix="vision_mamba"))
+    bounds = [num_tasks * i // threads for i in range(threads + 1)]
+    futures = [_pool[2].submit(kernel, bounds[i], bounds[i + 1], *args) for i in range(1, threads)]
+    kernel(bounds[0], bounds[1], *args)
+    for future in futures:
+        future.result()

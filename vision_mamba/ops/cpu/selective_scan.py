@@ -1,0 +1,372 @@
+"""Selective scan on the CPU. Tensors arrive in the canonical shapes of ``ops/selective_scan.py``.
+
+A task is one image and one block of channels; it walks all paths, so a merged output needs no locks.
+The inner loops run over channels, which are dense in memory whatever the path.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from .runtime import KERNEL, LOG2E, check_paths, exp2, flat, run_tasks, sigmoid, softplus
+
+CHUNK = 16  # steps between saved states: the backward pass recomputes what lies between
+BLOCK = 192  # channels a task at most: tiles of a chunk's states [CHUNK, N, BLOCK] stay in the second-level cache
+
+
+def _split(batch: int, channels: int) -> tuple[int, int]:
+    """Into how many blocks a group's channels go, and the size of a block: a task for every thread."""
+    blocks = -(-channels // BLOCK)
+    while batch * blocks < torch.get_num_threads() and channels // blocks > 32:
+        blocks += 1
+    size = -(-channels // blocks)
+    return -(-channels // size), size
+
+
+def states_shape(batch: int, length: int, num_paths: int, dim: int, num_states: int) -> tuple[int, ...]:
+    """Shape of the saved border states: (batch, chunks, K, N, D)."""
+    return batch, (length + CHUNK - 1) // CHUNK, num_paths, num_states, dim
+
+
+@numba.njit(**KERNEL)
+def _forward(
+    start, stop, sizes, u, us, delta, ds, A, B, bs, C, cs, D, z, zs, bias, initial, paths,
+    use_softplus, merge, y, last_state, states
+):  # fmt: skip
+    length, num_paths, dim, num_states, groups, blocks, size = sizes
+    zero = A.dtype.type(0)
+    h = np.empty((num_states, size), A.dtype)
+    a = np.empty((num_states, size), A.dtype)
+    dt = np.empty(size, A.dtype)
+    dtu = np.empty(size, A.dtype)
+    acc = np.empty(size, A.dtype)
+    per_group = dim // groups
+    blocks_per_group = blocks // groups
+    for task in range(start, stop):
+        image, block = divmod(task, blocks)
+        group, index = divmod(block, blocks_per_group)
+        c0 = group * per_group + index * size
+        width = min(size, per_group - index * size)
+        for k in range(num_paths):
+            for n in range(num_states):
+                for i in range(width):
+                    a[n, i] = A[k, n, c0 + i]
+                    h[n, i] = initial[image, k, n, c0 + i] if initial.size else zero
+            for t in range(length):
+                if states.size and t % CHUNK == 0:
+                    for n in range(num_states):
+                        for i in range(width):
+                            states[image, t // CHUNK, k, n, c0 + i] = h[n, i]
+                token = paths[k, t]
+                at = image * us[0] + token * us[1] + k * us[2] + c0
+                u_row = u[at : at + width]
+                at = image * ds[0] + token * ds[1] + k * ds[2] + c0
+                delta_row = delta[at : at + width]
+                b0 = image * bs[0] + token * bs[1] + k * bs[2] + group * bs[3]
+                b_row = B[b0 : b0 + num_states]
+                b0 = image * cs[0] + token * cs[1] + k * cs[2] + group * cs[3]
+                c_row = C[b0 : b0 + num_states]
+                for i in range(width):
+                    dt[i] = delta_row[i]
+                if bias.size:
+                    for i in range(width):
+                        dt[i] += bias[k, c0 + i]
+                if use_softplus:
+                    for i in range(width):
+                        dt[i] = softplus(dt[i])
+                for i in range(width):
+                    dtu[i] = dt[i] * u_row[i]
+                    acc[i] = zero
+                if D.size:
+                    for i in range(width):
+                        acc[i] = D[k, c0 + i] * u_row[i]
+                for n in range(num_states):
+                    b, c, h_row, a_row = b_row[n], c_row[n], h[n], a[n]
+                    for i in range(width):
+                        state = exp2(dt[i] * a_row[i]) * h_row[i] + dtu[i] * b
+                        h_row[i] = state
+                        acc[i] += state * c
+                if z.size:
+                    at = image * zs[0] + token * zs[1] + k * zs[2] + c0
+                    z_row = z[at : at + width]
+                    for i in range(width):
+                        acc[i] *= z_row[i] * sigmoid(z_row[i])
+                if merge:
+                    y_row = y[image, token, 0, c0 : c0 + width]
+                    if k == 0:
+                        for i in range(width):
+                            y_row[i] = acc[i]
+                    else:
+                        for i in range(width):
+                            y_row[i] += acc[i]
+                else:
+                    y_row = y[image, token, k, c0 : c0 + width]
+                    for i in range(width):
+                        y_row[i] = acc[i]
+            for n in range(num_states):
+                for i in range(width):
+                    last_state[image, k, c0 + i, n] = h[n, i]
+
+
+@numba.njit(**KERNEL)
+def _backward(
+    start, stop, sizes, u, us, delta, ds, A, B, bs, C, cs, D, z, zs, bias, paths, states,
+    use_softplus, merge, dy, dys, dlast, u_shared, z_shared,
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
+):  # fmt: skip
+    length, num_paths, dim, num_states, groups, blocks, size = sizes
+    one = A.dtype.type(1)
+    zero = A.dtype.type(0)
+    log2e = A.dtype.type(LOG2E)
+    # Row 0 is the border state, row s + 1 the state after the chunk's step s.
+    h = np.empty((CHUNK + 1, num_states, size), A.dtype)
+    decay = np.empty((CHUNK, num_states, size), A.dtype)
+    dts = np.empty((CHUNK, size), A.dtype)
+    raw = np.empty((CHUNK, size), A.dtype)
+    a = np.empty((num_states, size), A.dtype)
+    g = np.empty((num_states, size), A.dtype)
+    da = np.empty((num_states, size), A.dtype)
+    gate_grad = np.empty(size, A.dtype)
+    dout = np.empty(size, A.dtype)
+    pre = np.empty(size, A.dtype)
+    gb = np.empty(size, A.dtype)
+    gdt = np.empty(size, A.dtype)
+    dtu = np.empty(size, A.dtype)
+    per_group = dim // groups
+    blocks_per_group = blocks // groups
+    for task in range(start, stop):
+        image, block = divmod(task, blocks)
+        group, index = divmod(block, blocks_per_group)
+        c0 = group * per_group + index * size
+        width = min(size, per_group - index * size)
+        for k in range(num_paths):
+            for n in range(num_states):
+                for i in range(width):
+                    a[n, i] = A[k, n, c0 + i]
+                    da[n, i] = zero
+                    g[n, i] = dlast[image, k, c0 + i, n] if dlast.size else zero
+            for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
+                t0 = chunk * CHUNK
+                steps = min(CHUNK, length - t0)
+                for n in range(num_states):
+                    for i in range(width):
+                        h[0, n, i] = states[image, chunk, k, n, c0 + i]
+                for s in range(steps):
+                    token = paths[k, t0 + s]
+                    at = image * us[0] + token * us[1] + k * us[2] + c0
+                    u_row = u[at : at + width]
+                    at = image * ds[0] + token * ds[1] + k * ds[2] + c0
+                    delta_row = delta[at : at + width]
+                    b0 = image * bs[0] + token * bs[1] + k * bs[2] + group * bs[3]
+                    b_row = B[b0 : b0 + num_states]
+                    raw_row, dt = raw[s], dts[s]
+                    for i in range(width):
+                        raw_row[i] = delta_row[i]
+                    if bias.size:
+                        for i in range(width):
+                            raw_row[i] += bias[k, c0 + i]
+                    if use_softplus:
+                        for i in range(width):
+                            dt[i] = softplus(raw_row[i])
+                    else:
+                        for i in range(width):
+                            dt[i] = raw_row[i]
+                    for i in range(width):
+                        dtu[i] = dt[i] * u_row[i]
+                    for n in range(num_states):
+                        b, a_row, decay_row = b_row[n], a[n], decay[s, n]
+                        before, after = h[s, n], h[s + 1, n]
+                        for i in range(width):
+                            value = exp2(dt[i] * a_row[i])
+                            decay_row[i] = value
+                            after[i] = value * before[i] + dtu[i] * b
+                for s in range(steps - 1, -1, -1):
+                    token = paths[k, t0 + s]
+                    at = image * us[0] + token * us[1] + k * us[2] + c0
+                    u_row = u[at : at + width]
+                    b0 = image * bs[0] + token * bs[1] + k * bs[2] + group * bs[3]
+                    b_row = B[b0 : b0 + num_states]
+                    b0 = image * cs[0] + token * cs[1] + k * cs[2] + group * cs[3]
+                    c_row = C[b0 : b0 + num_states]
+                    at = image * dys[0] + token * dys[1] + (0 if merge else k * dys[2]) + c0
+                    dy_row = dy[at : at + width]
+                    dt = dts[s]
+                    for i in range(width):
+                        dout[i] = dy_row[i]
+                        gb[i] = zero
+                        gdt[i] = zero
+                        dtu[i] = dt[i] * u_row[i]
+                    if z.size:
+                        at = image * zs[0] + token * zs[1] + k * zs[2] + c0
+                        z_row = z[at : at + width]
+                        for i in range(width):
+                            pre[i] = zero
+                        if D.size:
+                            for i in range(width):
+                                pre[i] = D[k, c0 + i] * u_row[i]
+                        for n in range(num_states):
+                            c, h_row = c_row[n], h[s + 1, n]
+                            for i in range(width):
+                                pre[i] += c * h_row[i]
+                        for i in range(width):
+                            sig = sigmoid(z_row[i])
+                            gate_grad[i] = dout[i] * pre[i] * sig * (one + z_row[i] * (one - sig))
+                            dout[i] *= z_row[i] * sig
+                        dz_row = dz[image, token, 0 if z_shared else k, c0 : c0 + width]
+                        if z_shared and k > 0:
+                            for i in range(width):
+                                dz_row[i] += gate_grad[i]
+                        else:
+                            for i in range(width):
+                                dz_row[i] = gate_grad[i]
+                    for n in range(num_states):
+                        b, c = b_row[n], c_row[n]
+                        g_row, a_row, da_row, decay_row = g[n], a[n], da[n], decay[s, n]
+                        before, after = h[s, n], h[s + 1, n]
+                        sum_b = zero
+                        sum_c = zero
+                        # Three loops, not one: LLVM checks at most eight pairs of rows for overlap.
+                        for i in range(width):
+                            grad = g_row[i] + dout[i] * c
+                            g_row[i] = grad
+                            gb[i] += grad * b
+                            sum_b += grad * dtu[i]
+                            sum_c += dout[i] * after[i]
+                        for i in range(width):
+                            grad = g_row[i] * decay_row[i]
+                            g_row[i] = grad
+                            gdt[i] += grad * before[i] * a_row[i]
+                        for i in range(width):
+                            da_row[i] += g_row[i] * before[i] * dt[i]
+                        dB[index, image, token, k, group, n] = sum_b
+                        dC[index, image, token, k, group, n] = sum_c
+                    du_row = du[image, token, 0 if u_shared else k, c0 : c0 + width]
+                    for i in range(width):
+                        pre[i] = dt[i] * gb[i]
+                    if D.size:
+                        for i in range(width):
+                            pre[i] += dout[i] * D[k, c0 + i]
+                            dD[image, k, c0 + i] += dout[i] * u_row[i]
+                    if u_shared and k > 0:
+                        for i in range(width):
+                            du_row[i] += pre[i]
+                    else:
+                        for i in range(width):
+                            du_row[i] = pre[i]
+                    # a holds A * log2(e)
+                    for i in range(width):
+                        gdt[i] = gdt[i] / log2e + gb[i] * u_row[i]
+                    if use_softplus:
+                        raw_row = raw[s]
+                        for i in range(width):
+                            gdt[i] *= sigmoid(raw_row[i])
+                    ddelta_row = ddelta[image, token, k, c0 : c0 + width]
+                    for i in range(width):
+                        ddelta_row[i] = gdt[i]
+                    if bias.size:
+                        for i in range(width):
+                            dbias[image, k, c0 + i] += gdt[i]
+            for n in range(num_states):
+                for i in range(width):
+                    dA[image, k, n, c0 + i] = da[n, i]
+                    if dinitial.size:
+                        dinitial[image, k, c0 + i, n] = g[n, i]
+
+
+def _prepare(u, delta, A, B, C, D, z, delta_bias, paths):
+    """Arrays for the kernels, in the dtype of the computation."""
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    batch, length, num_paths, dim = delta.shape
+    num_states, groups = A.shape[-1], B.shape[3]
+    blocks, size = _split(batch, dim // groups)
+    empty = np.empty((0, 0), np.float64 if dtype == torch.float64 else np.float32)
+
+    def tokens(tensor: Tensor | None):
+        if tensor is None:
+            return empty[0:0].ravel(), (0, 0, 0)
+        array, strides = flat(tensor.to(dtype))
+        # A path axis of size 1 is read by every path.
+        return array, tuple(0 if axis == 1 else step for axis, step in zip(tensor.shape, strides))[:-1]
+
+    def parameters(tensor: Tensor | None):
+        return empty if tensor is None else tensor.detach().to(dtype).contiguous().numpy()
+
+    a = (A.detach().to(dtype) * LOG2E).transpose(1, 2).contiguous().numpy()  # (K, N, D)
+    sizes = (length, num_paths, dim, num_states, groups, groups * blocks, size)
+    arrays = dict(
+        u=tokens(u), delta=tokens(delta), A=a, B=tokens(B), C=tokens(C), D=parameters(D),
+        z=tokens(z), bias=parameters(delta_bias), paths=check_paths(paths),
+    )  # fmt: skip
+    return dtype, batch, sizes, arrays
+
+
+def selective_scan_forward(
+    u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y, the last state (batch, K, D, N), and the border states (empty unless asked for)."""
+    dtype, batch, sizes, x = _prepare(u, delta, A, B, C, D, z, delta_bias, paths)
+    length, num_paths, dim, num_states, _, blocks, _ = sizes
+    y = torch.empty(batch, length, 1 if merge else num_paths, dim, dtype=dtype)
+    last_state = torch.empty(batch, num_paths, dim, num_states, dtype=dtype)
+    shape = states_shape(batch, length, num_paths, dim, num_states) if save_states else (0, 0, 0, 0, 0)
+    states = torch.empty(shape, dtype=dtype)
+    if initial_state is None:
+        initial = torch.empty(0, 0, 0, 0, dtype=dtype)
+    else:
+        initial = initial_state.detach().to(dtype).transpose(2, 3).contiguous()
+    run_tasks(
+        _forward, batch * blocks, sizes, *x["u"], *x["delta"], x["A"], *x["B"], *x["C"], x["D"], *x["z"],
+        x["bias"], initial.numpy(), x["paths"], delta_softplus, merge,
+        y.numpy(), last_state.numpy(), states.numpy(),
+    )  # fmt: skip
+    return (y.squeeze(2) if merge else y).to(u.dtype), last_state, states
+
+
+def selective_scan_backward(
+    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge
+) -> tuple[Tensor | None, ...]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None where there is no input."""
+    dtype, batch, sizes, x = _prepare(u, delta, A, B, C, D, z, delta_bias, paths)
+    length, num_paths, dim, num_states, groups, blocks, _ = sizes
+    dy_array, dy_strides = flat(dy.to(dtype))
+    if merge:
+        dy_strides = (*dy_strides[:2], 0, 1)
+
+    def like(tensor: Tensor | None, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype) if tensor is not None else torch.empty(0, *shape[1:], dtype=dtype)
+
+    du = torch.empty(u.shape, dtype=dtype)
+    ddelta = torch.empty(delta.shape, dtype=dtype)
+    dz = torch.empty(z.shape if z is not None else (0, 0, 0, 0), dtype=dtype)
+    # Sums over images and channel blocks are taken afterwards, in a fixed order: equal bits every time.
+    dA = torch.empty(batch, num_paths, num_states, dim, dtype=dtype)
+    dB = torch.empty(blocks // groups, batch, length, num_paths, groups, num_states, dtype=dtype)
+    dC = torch.empty_like(dB)
+    dD = like(D, batch, num_paths, dim)
+    dbias = like(delta_bias, batch, num_paths, dim)
+    dinitial = like(initial_state, batch, num_paths, dim, num_states)
+    if dlast_state is None:
+        dlast = torch.empty(0, 0, 0, 0, dtype=dtype)
+    else:
+        dlast = dlast_state.to(dtype).contiguous()
+    run_tasks(
+        _backward, batch * blocks, sizes, *x["u"], *x["delta"], x["A"], *x["B"], *x["C"], x["D"], *x["z"],
+        x["bias"], x["paths"], states.numpy(), delta_softplus, merge, dy_array, dy_strides[:3],
+        dlast.numpy(), u.shape[2] < num_paths, z is not None and z.shape[2] < num_paths,
+        du.numpy(), ddelta.numpy(), dA.numpy(), dB.numpy(), dC.numpy(), dD.numpy(), dz.numpy(),
+        dbias.numpy(), dinitial.numpy(),
+    )  # fmt: skip
+    return (
+        du.to(u.dtype),
+        ddelta.to(delta.dtype),
+        dA.sum(0).transpose(1, 2).to(A.dtype),
+        dB.sum(0).to(B.dtype),
+        dC.sum(0).to(C.dtype),
+        dD.sum(0).to(D.dtype) if D is not None else None,
+        dz.to(z.dtype) if z is not None else None,
+        dbias.sum(0).to(delta_bias.dtype) if delta_bias is not None else None,
+        dinitial.to(initial_state.dtype) if initial_state is not None else None,
+    )

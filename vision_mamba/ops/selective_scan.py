@@ -1,0 +1,264 @@
+"""The selective scan: public function, custom operator, autograd.
+
+``torch.ops.vision_mamba.selective_scan`` takes canonical shapes (K always present); the public
+function below brings the user's shapes into that form with views, never with copies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backend import load_backend, resolve_backend
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    delta_softplus: bool = False,
+    paths: Tensor | None = None,
+    merge: str = "none",
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective state-space scan of image tokens along K paths at once.
+
+    For each path and channel, over the tokens in the path's order::
+
+        h_t = exp(delta_t * A) * h_(t-1) + delta_t * B_t * u_t
+        y_t = (<C_t, h_t> + D * u_t) * silu(z_t)
+
+    Source: Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", section 3.
+    All tensors are in raster (token) order; the path only decides the order of the recurrence.
+    ``delta`` decides whether the path axis K is written out: with ``delta`` (batch, L, D) the tensors
+    ``B`` and ``C`` have no K either and every path reads them.
+
+    Args:
+        u: tokens, (batch, L, D), read by every path, or (batch, L, K, D). float32, bfloat16, float16, float64.
+        delta: step sizes before bias and softplus, (batch, L, K, D) or (batch, L, D).
+        A: state matrix, negative, (K, D, N), or (D, N) for all paths.
+        B: input matrix, (batch, L, K, N) or with G groups of channels (batch, L, K, G, N); channel d
+            belongs to group d // (D / G).
+        C: output matrix, shaped as ``B``.
+        D: skip weights, (K, D) or (D,).
+        z: gate, (batch, L, D) or (batch, L, K, D).
+        delta_bias: added to ``delta``, (K, D) or (D,).
+        delta_softplus: apply softplus to ``delta + delta_bias``.
+        paths: (K, L) integer permutations of the tokens, or (L,) for one path; None is raster order.
+        merge: ``"none"`` or ``"sum"`` over the paths.
+        initial_state: state before the first step, (batch, K, D, N), or (batch, D, N) without K.
+        return_last_state: also return the state after the last step of each path.
+        backend: ``"triton"``, ``"cpu"`` or ``"reference"``; by device if None.
+
+    Returns:
+        y in the dtype of ``u``: (batch, L, K, D); (batch, L, D) with ``merge="sum"`` or where neither
+        ``delta`` nor ``paths`` has a K axis. With ``return_last_state``, also the last state in float32
+        (float64 for float64 inputs), (batch, K, D, N) or (batch, D, N).
+
+    Raises:
+        ValueError: shapes that do not fit together, a path that is no permutation, an unknown name.
+        RuntimeError: the backend cannot run on the tensors' device.
+    """
+    if merge not in ("none", "sum"):
+        raise ValueError(f"merge={merge!r}: allowed are 'none' and 'sum'")
+    name = resolve_backend(backend, u.device)
+    u4, delta4, A, B, C, D, z, delta_bias, paths4, initial_state, has_paths = _canonical(
+        u, delta, A, B, C, D, z, delta_bias, paths, initial_state
+    )
+    if name == "reference":
+        y, last_state = reference.selective_scan(
+            u4, delta4, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus, paths=paths4, merge=merge,
+            initial_state=initial_state, return_last_state=True,
+        )  # fmt: skip
+    else:
+        tensors = (u4, delta4, A, B, C, D, z, delta_bias, initial_state)
+        save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        y, last_state, _ = torch.ops.vision_mamba.selective_scan(
+            u4, delta4, A, B, C, D, z, delta_bias, paths4, initial_state, delta_softplus, merge == "sum",
+            save_states, name,
+        )  # fmt: skip
+    if merge == "none" and not has_paths:
+        y = y.squeeze(2)
+    if not return_last_state:
+        return y
+    return y, last_state if has_paths else last_state.squeeze(1)
+
+
+def _canonical(u, delta, A, B, C, D, z, delta_bias, paths, initial_state):
+    """Views with K everywhere: u, z (b, L, 1 or K, D); delta (b, L, K, D); B, C (b, L, K, G, N); A (K, D, N)."""
+    if u.ndim not in (3, 4) or delta.ndim not in (3, 4):
+        raise ValueError(f"u and delta must have 3 or 4 axes, got {tuple(u.shape)} and {tuple(delta.shape)}")
+    batch, length, dim = u.shape[0], u.shape[1], u.shape[-1]
+    delta_has_paths = delta.ndim == 4
+    has_paths = delta_has_paths or (paths is not None and paths.ndim == 2)
+    paths = canonical_paths(paths, delta.shape[2] if delta_has_paths else None, length, u.device)
+    num_paths, num_states = paths.shape[0], A.shape[-1]
+
+    def fit(name: str, tensor: Tensor, *shapes: tuple) -> None:
+        if tuple(tensor.shape) not in shapes:
+            allowed = " or ".join(str(tuple(s)) for s in shapes)
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with u {tuple(u.shape)} expected {allowed}")
+        if tensor.device != u.device:
+            raise ValueError(f"{name} is on {tensor.device}, u on {u.device}")
+
+    shared, per_path = (batch, length, dim), (batch, length, num_paths, dim)
+    fit("u", u, shared, per_path)
+    fit("delta", delta, per_path if delta_has_paths else shared)
+    fit("A", A, (dim, num_states), (num_paths, dim, num_states))
+    for name, tensor in (("B", B), ("C", C)):
+        lead = (batch, length, num_paths) if delta_has_paths else (batch, length)
+        groups = tensor.shape[-2] if tensor.ndim == len(lead) + 2 else 1
+        fit(name, tensor, (*lead, num_states), (*lead, groups, num_states))
+        if dim % groups:
+            raise ValueError(f"{name} has {groups} groups, which do not divide the {dim} channels")
+    if B.shape != C.shape:
+        raise ValueError(f"B {tuple(B.shape)} and C {tuple(C.shape)} differ in shape")
+    for name, tensor in (("D", D), ("delta_bias", delta_bias)):
+        if tensor is not None:
+            fit(name, tensor, (dim,), (num_paths, dim))
+    if z is not None:
+        fit("z", z, shared, per_path)
+        z = z.unsqueeze(2) if z.ndim == 3 else z
+    if initial_state is not None:
+        fit("initial_state", initial_state, (batch, num_paths, dim, num_states), *(
+            [] if has_paths else [(batch, dim, num_states)]
+        ))  # fmt: skip
+        initial_state = initial_state.reshape(batch, num_paths, dim, num_states)
+
+    grouped = (lambda t: t) if B.ndim == (5 if delta_has_paths else 4) else (lambda t: t.unsqueeze(-2))
+    B, C = grouped(B), grouped(C)
+    if not delta_has_paths:
+        delta, B, C = (
+            t.unsqueeze(2).expand(batch, length, num_paths, *t.shape[2:]) for t in (delta, B, C)
+        )  # fmt: skip
+    u = u.unsqueeze(2) if u.ndim == 3 else u
+    A = A.expand(num_paths, dim, num_states)
+    D = D.expand(num_paths, dim) if D is not None else None
+    delta_bias = delta_bias.expand(num_paths, dim) if delta_bias is not None else None
+    return u, delta, A, B, C, D, z, delta_bias, paths, initial_state, has_paths
+
+
+def canonical_paths(paths: Tensor | None, num_paths: int | None, length: int, device: torch.device) -> Tensor:
+    """(K, L) int32 on ``device``; raster order where there are none."""
+    if paths is None:
+        return torch.arange(length, dtype=torch.int32, device=device).expand(num_paths or 1, length)
+    if paths.ndim not in (1, 2) or paths.shape[-1] != length or paths.is_floating_point():
+        raise ValueError(
+            f"paths must be integers of shape (K, {length}) or ({length},), got {paths.dtype} {tuple(paths.shape)}"
+        )
+    if num_paths is not None and paths.ndim == 2 and paths.shape[0] != num_paths:
+        raise ValueError(f"paths has {paths.shape[0]} rows for {num_paths} paths")
+    if paths.ndim == 1 and num_paths not in (None, 1):
+        raise ValueError(f"paths is one path of shape ({length},), but there are {num_paths} paths")
+    return paths.reshape(-1, length).to(device=device, dtype=torch.int32)
+
+
+@torch.library.custom_op("vision_mamba::selective_scan", mutates_args=())
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    paths: Tensor,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    merge: bool,
+    save_states: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Canonical shapes in; y, last state (b, K, D, N) and the backend's saved border states out."""
+    return load_backend(backend).selective_scan_forward(
+        u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states
+    )
+
+
+@_scan.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, backend):
+    batch, length, num_paths, dim = delta.shape
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    y = u.new_empty((batch, length, dim) if merge else (batch, length, num_paths, dim))
+    last_state = u.new_empty((batch, num_paths, dim, A.shape[-1]), dtype=dtype)
+    shape = (0, 0, 0, 0, 0)
+    if save_states:
+        shape = load_backend(backend).states_shape(batch, length, num_paths, dim, A.shape[-1])
+    return y, last_state, u.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("vision_mamba::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    dy: Tensor,
+    dlast_state: Tensor | None,
+    states: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    paths: Tensor,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    merge: bool,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of the tensors that are there, in the order u, delta, A, B, C, D, z, delta_bias, initial_state."""
+    grads = load_backend(backend).selective_scan_backward(
+        dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge
+    )
+    return [grad for grad in grads if grad is not None]
+
+
+@_scan_backward.register_fake
+def _(dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, *_):
+    present = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in present if t is not None]
+
+
+def _no_second_order(ctx, *grads):
+    raise RuntimeError("selective_scan has no second derivative; use backend='reference' for double backward")
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, delta_softplus, merge, save_states, backend = inputs
+    if not save_states:
+        raise RuntimeError("vision_mamba::selective_scan needs save_states=True to be differentiated")
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.options = (delta_softplus, merge, backend)
+    ctx.set_materialize_grads(False)
+
+
+def _scan_autograd(ctx, dy, dlast_state, dstates):
+    *tensors, states = ctx.saved_tensors
+    u, delta, A, B, C, D, z, delta_bias, paths, initial_state = tensors
+    delta_softplus, merge, backend = ctx.options
+    if dy is None:
+        batch, length, num_paths, dim = delta.shape
+        dy = u.new_zeros((batch, length, dim) if merge else (batch, length, num_paths, dim))
+    grads = iter(
+        torch.ops.vision_mamba.selective_scan_backward(
+            dy, dlast_state, states, *tensors, delta_softplus, merge, backend
+        )
+    )
+    differentiable = (u, delta, A, B, C, D, z, delta_bias)
+    of_inputs = [next(grads) if t is not None else None for t in differentiable]
+    of_state = next(grads) if initial_state is not None else None
+    return (*of_inputs, None, of_state, None, None, None, None)
+
+
+_scan.register_autograd(_scan_autograd, setup_context=_setup_context)
+_scan_backward.register_autograd(_no_second_order)
