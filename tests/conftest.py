@@ -17,20 +17,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
+def poisoned_memory():
     """``torch.empty`` gives NaN, so a kernel that reads what it has not written fails at once."""
-
-    def poison(function):
-        def empty(*args, **kwargs):
-            tensor = function(*args, **kwargs)
-            if tensor.is_floating_point() and tensor.device.type != "meta":
-                tensor.detach().fill_(float("nan"))
-            return tensor
-
-        return empty
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

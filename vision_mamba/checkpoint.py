@@ -71,8 +71,7 @@ def load_checkpoint(
 
     own = model.state_dict()
     report = LoadReport()
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    first_conv, classifier = cfg.get("first_conv"), cfg.get("classifier")
+    first_conv, classifier = _ends(model)
     accepted: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name not in own:
@@ -106,6 +105,16 @@ def load_checkpoint(
         )
     model.load_state_dict(accepted, strict=False)
     return report
+
+
+def _ends(model: nn.Module) -> tuple[str | None, str | None]:
+    """Names of the first convolution and of the classifier, which a new task may have changed.
+
+    timm's configuration knows them; a model built by its class has none, and its classifier is ``head``.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    first = next((n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    return cfg.get("first_conv", first), cfg.get("classifier", "head")
 
 
 def _belongs(name: str, module: str | tuple[str, ...] | None) -> bool:

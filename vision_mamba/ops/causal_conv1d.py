@@ -95,8 +95,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _conv_autograd(ctx, dy):
-    grads = torch.ops.vision_mamba.causal_conv1d_backward(dy, *ctx.saved_tensors, *ctx.options)
-    dbias = grads[2] if ctx.saved_tensors[2] is not None else None
+    tensors = ctx.saved_tensors  # once: activation checkpointing unpacks only once
+    grads = torch.ops.vision_mamba.causal_conv1d_backward(dy, *tensors, *ctx.options)
+    dbias = grads[2] if tensors[2] is not None else None
     return grads[0], grads[1], dbias, None, None, None
 
 

@@ -1,0 +1,66 @@
+"""Compare a model of ours with a case of an official implementation (tests/golden)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tests.golden import recipe
+
+import vision_mamba
+
+FOLDER = Path(__file__).parent.parent / "golden"
+
+
+def load_case(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def check_case(case: dict, model: torch.nn.Module, *, tolerance: float, dtype=torch.float32, device="cpu") -> None:
+    """Logits, input gradient and every parameter's gradient, relative to the official float64 run."""
+    names = dict(case["state_dict"])
+    official = {k: torch.from_numpy(v) for k, v in recipe.make_state(case["state_dict"]).items()}
+    vision_mamba.load_checkpoint(model, official)
+    assert sum(p.numel() for p in model.parameters()) == case["num_params"]
+    model = model.to(device=device, dtype=dtype).eval()
+
+    shape = case["input"]["shape"]
+    x = torch.from_numpy(recipe.make_input(shape, case["input"]["seed"])).to(device=device, dtype=dtype)
+    x.requires_grad_()
+    out = model(x)
+    loss = (out * torch.from_numpy(recipe.loss_weights(0, out.shape)).to(out)).sum()
+    loss.backward()
+
+    reference = case.get("float64", case["float32"])
+    _check_digest("out", out, reference["outputs"]["out"], tolerance)
+    grad = reference["grad"]
+    _check_digest("input gradient", x.grad, grad["input"], tolerance)
+    # The mapping of names moves whole official tensors into rows of ours: send their numbers and their noise
+    # through it, and each element of our gradients knows its official tensor and direction.
+    numbers = {key: torch.full(s, float(i), dtype=torch.float64) for i, (key, s) in enumerate(names.items())}
+    noise = {key: torch.from_numpy(recipe.noise(key, s)) for key, s in names.items()}
+    numbers, noise = model.filter_checkpoint(numbers), model.filter_checkpoint(noise)
+    l2, dot = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    keys = list(names)
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.detach().double().cpu()
+        for i in numbers[name].unique().long().tolist():
+            of_key = numbers[name] == i
+            l2[keys[i]] += float((gradient[of_key] ** 2).sum())
+            dot[keys[i]] += float((gradient * noise[name])[of_key].sum())
+    for key, expected in grad["params"].items():
+        scale = max(expected["l2"], 1e-12)
+        assert abs(l2[key] ** 0.5 - expected["l2"]) <= tolerance * scale, f"gradient of {key}: norm"
+        assert abs(dot[key] - expected["dot"]) <= tolerance * scale, f"gradient of {key}: direction"
+
+
+def _check_digest(name: str, tensor: torch.Tensor, digest: dict, tolerance: float) -> None:
+    flat = tensor.detach().double().cpu().numpy().reshape(-1)
+    if "full" in digest:
+        expected, actual = np.array(digest["full"]), flat
+    else:
+        expected, actual = np.array(digest["values"]), flat[recipe.sample_positions(flat.size)]
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
