@@ -2,13 +2,16 @@
 
 import argparse
 import copy
+import json
 import warnings
 
 import pytest
 import timm
 import torch
 from tests.conftest import assert_close
-from tests.models.golden import check_case, load_case
+from tests.golden import recipe
+from tests.golden.make_vim_options import from_official_arguments
+from tests.models.golden import FOLDER, check_case, load_case
 from timm.optim import param_groups_weight_decay
 
 import vision_mamba
@@ -44,6 +47,24 @@ def test_agrees_with_official_in_float64(case):
 @pytest.mark.parametrize("case", OFFICIAL)
 def test_agrees_with_official_on_gpu(case):
     check_case(load_case(case), OFFICIAL[case](), tolerance=1e-4, device="cuda")
+
+
+OPTIONS = json.loads((FOLDER / "vim_options.json").read_text())
+
+
+@pytest.mark.parametrize("case", OPTIONS["cases"], ids=[c["id"] for c in OPTIONS["cases"]])
+def test_every_official_option_agrees(case):
+    model = from_official_arguments({**OPTIONS["common_args"], **case["args"]}).double().eval()
+    state = {k: torch.from_numpy(v) for k, v in recipe.make_state(case["state_dict"]).items()}
+    vision_mamba.load_checkpoint(model, state)
+    x = torch.from_numpy(recipe.make_input(case["input"]["shape"], case["input"]["seed"])).double().requires_grad_()
+    out = model(x)
+    (out * torch.from_numpy(recipe.loss_weights(0, out.shape))).sum().backward()
+    # The official reference scan computes in float32 whatever it is given.
+    assert_close("logits", out, torch.tensor(case["out"], dtype=torch.float64), 2e-6)
+    assert float(x.grad.norm()) == pytest.approx(case["input_grad_l2"], rel=1e-5)
+    total = sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5
+    assert total == pytest.approx(case["all_params_grad_l2"], rel=1e-5)
 
 
 def test_published_parameter_counts():
@@ -105,8 +126,6 @@ def test_other_directions_follow_the_definition(kind):
 
 
 def official_file(tmp_path, model_name="vim_tinycfg_v2_midcls"):
-    from tests.golden import recipe
-
     case = load_case(model_name)
     state = {k: torch.from_numpy(v) for k, v in recipe.make_state(case["state_dict"]).items()}
     path = tmp_path / "official.pth"
@@ -226,7 +245,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="global_pool='token' needs a class token"):
         small(cls_position="none")
     with pytest.raises(ValueError, match="if_bidirectional pairs layers"):
-        small(if_bidirectional=True)
+        small(if_bidirectional=True, depth=3)
     with pytest.raises(TypeError, match="positional"):
         VisionMamba(64, 16, 16)
 
@@ -307,8 +326,6 @@ def test_pretrained_without_network_says_what_to_do(monkeypatch):
 
 def test_pretrained_file_through_timm(tmp_path):
     """What ``pretrained=True`` does after the download: timm's loader on a file of the official layout."""
-    from tests.golden import recipe
-
     case = load_case("vim_tiny_224")
     state = {k: torch.from_numpy(v) for k, v in recipe.make_state(case["state_dict"]).items()}
     torch.save({"model": state, "args": argparse.Namespace()}, tmp_path / "vim_t.pth")

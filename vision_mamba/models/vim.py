@@ -29,7 +29,7 @@ GlobalPool = Literal["token", "avg", "max", "last", ""]
 
 
 class VimBlock(nn.Module):
-    """``x + mixer(norm(x))``; with two mixers, one a direction, ``2x + f(norm_f(x)) + b(norm_b(x))``."""
+    """``x + mixer(norm(x))``."""
 
     def __init__(self, dim: int, *, norm_layer, drop_path: float, mixer_args: dict[str, Any], **dd) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class VimBlock(nn.Module):
 
 
 class VimPairBlock(nn.Module):
-    """Official ``if_bidirectional``: two one-directional layers a block, whose residuals are both kept."""
+    """Official ``if_bidirectional``: two layers a block, one on the flipped sequence; both residuals are kept."""
 
     def __init__(self, dim: int, *, norm_layer, drop_path: float, mixer_args: dict[str, Any], **dd) -> None:
         super().__init__()
@@ -53,8 +53,9 @@ class VimPairBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
-        forward = self.mixer(self.norm(x), paths[:1])
-        backward = self.mixer_reverse(self.norm_reverse(x), paths[1:])
+        # The second layer sees the flipped sequence: its first path is the reverse one.
+        forward = self.mixer(self.norm(x), paths[: self.mixer.num_paths])
+        backward = self.mixer_reverse(self.norm_reverse(x), paths.flip(0)[: self.mixer.num_paths])
         return 2 * x + self.drop_path(forward + backward)
 
 
@@ -77,7 +78,7 @@ class VisionMamba(nn.Module):
         bimamba_type: the official names. ``"v2"``: each direction has its own convolution, projections, A and
             D (the paper's block); ``"v1"``: only its own A; ``"none"``: forward direction only.
         if_divide_out: halve the sum of the two directions (v2 only).
-        if_bidirectional: layers in pairs, one a direction (needs ``bimamba_type="none"`` and an even depth).
+        if_bidirectional: layers in pairs, the second of which sees the flipped sequence (needs an even depth).
         rms_norm: RMSNorm, else LayerNorm.
         norm_eps: of the norms.
         layer_scale: initial value of a learned scale of each mixer's output; None for none.
@@ -123,8 +124,8 @@ class VisionMamba(nn.Module):
         super().__init__()
         _check_choice("cls_position", cls_position, ("middle", "head", "double", "none"))
         _check_choice("bimamba_type", bimamba_type, ("v2", "v1", "none"))
-        if if_bidirectional and (bimamba_type != "none" or depth % 2):
-            raise ValueError("if_bidirectional pairs layers: it needs bimamba_type='none' and an even depth")
+        if if_bidirectional and depth % 2:
+            raise ValueError(f"if_bidirectional pairs layers: it needs an even depth, not {depth}")
         dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim

@@ -1,0 +1,103 @@
+"""Vim-Ti on a CPU beside DeiT-Ti and the official Vim, in one run.
+
+Example:
+    uv run --with einops python -m benchmarks.cpu --official ~/Vim --threads 2
+
+The peers take turns, and the median of each is kept. The official model runs its own pure-PyTorch scan loop, the
+only one it has for a CPU. A time is printed only if our logits agree with the official ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+import vision_mamba
+from benchmarks import official_vim
+
+
+def timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def compare(functions: dict, runs: int) -> dict[str, float]:
+    """Median milliseconds of each function; they take turns, so that drift of the machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(runs):
+        for name, function in functions.items():
+            times[name].append(timed(function))
+    return {name: round(1e3 * statistics.median(values), 1) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--official", type=Path, required=True, help="checkout of github.com/hustvl/Vim")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    official = official_vim.load(args.official)
+    # The arguments of the official factory vim_tiny_patch16_224_..._midclstok_div2, less its fused CUDA norm.
+    theirs = official.VisionMamba(
+        patch_size=16, embed_dim=192, depth=24, rms_norm=True, residual_in_fp32=True, fused_add_norm=False,
+        final_pool_type="mean", if_abs_pos_embed=True, bimamba_type="v2", if_cls_token=True, if_divide_out=True,
+        use_middle_cls_token=True,
+    ).eval()  # fmt: skip
+    ours = timm.create_model("vim_tiny_patch16_224").eval()
+    vision_mamba.load_checkpoint(ours, theirs.state_dict())
+    deit = timm.create_model("deit_tiny_patch16_224").eval()
+    models = {"vim_tiny (ours)": ours, "deit_tiny (timm)": deit, "vim_tiny (official)": theirs}
+
+    rows = []
+    for batch in (1, 8):
+        x = torch.randn(batch, 3, 224, 224)
+        with torch.no_grad():
+            error = float((ours(x) - theirs(x)).norm() / theirs(x).norm())
+            if error > 1e-4:
+                sys.exit(f"our logits differ from the official ones by {error:.1e}: no times for a wrong result")
+            forward = compare({n: lambda m=m: m(x) for n, m in models.items()}, args.runs)
+        rows.append({"what": "forward", "batch": batch, "rel_err": error, "ms": forward})
+
+        def step(model, x=x):
+            model.zero_grad()
+            model(x).square().sum().backward()
+
+        training = compare({n: lambda m=m: step(m) for n, m in models.items()}, max(2, args.runs // 2))
+        rows.append({"what": "forward + backward", "batch": batch, "rel_err": error, "ms": training})
+
+    print(f"{'':20} {'batch':>5} " + " ".join(f"{n:>20}" for n in models) + f" {'ours/DeiT':>10} {'official/ours':>14}")
+    for row in rows:
+        a, b, c = row["ms"].values()
+        print(f"{row['what']:20} {row['batch']:5} {a:17.1f} ms {b:17.1f} ms {c:17.1f} ms {a / b:10.2f} {c / a:14.1f}")
+    result = {
+        "device": platform.processor() or platform.machine(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "command": "python -m benchmarks.cpu " + " ".join(a for a in sys.argv[1:] if "/" not in a),
+        "date": datetime.date.today().isoformat(),
+        "rows": rows,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

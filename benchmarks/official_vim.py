@@ -1,0 +1,69 @@
+"""The official Vim on a CPU, from a checkout of github.com/hustvl/Vim, to measure and to compare with.
+
+Nothing of it is copied here: its modules are imported from the checkout, and only what needs CUDA is replaced:
+the fused kernels by its own ``selective_scan_ref`` and torch's conv1d, its Triton norm by torch's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+
+def load(checkout: Path) -> types.ModuleType:
+    """The official ``models_mamba`` module, runnable on a CPU. Needs einops."""
+    if not (checkout / "vim" / "models_mamba.py").is_file():
+        raise SystemExit(f"{checkout} is no checkout of hustvl/Vim: it has no vim/models_mamba.py")
+    sys.path[:0] = [str(checkout / "vim"), str(checkout / "mamba-1p1p1")]
+
+    def stub(name: str, **attributes) -> None:
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__dict__.update(attributes)
+
+    stub("selective_scan_cuda")
+    stub("causal_conv1d_cuda")
+    stub("causal_conv1d", causal_conv1d_fn=None, causal_conv1d_update=None)
+    stub("mamba_ssm.utils.generation", GenerationMixin=object)
+    stub("mamba_ssm.utils.hf", load_config_hf=None, load_state_dict_hf=None)
+    stub("mamba_ssm.models.mixer_seq_simple", MambaLMHeadModel=None)
+    stub("mamba_ssm.ops.triton.layer_norm", RMSNorm=torch.nn.RMSNorm, layer_norm_fn=None, rms_norm_fn=None)
+    interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+
+    def inner(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, delta_bias, A_reverse=None):
+        length, rank, states = xz.shape[-1], dt_proj.shape[1], A.shape[-1]
+        x, z = xz.chunk(2, dim=1)
+        x = F.silu(F.conv1d(x, conv_weight, conv_bias, padding=conv_weight.shape[-1] - 1, groups=x.shape[1])[..., :length])
+        dt, B, C = (x.transpose(1, 2) @ x_proj.T).split((rank, states, states), dim=-1)
+        tensors = (x, (dt @ dt_proj.T).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z)
+
+        def scan(A, x, delta, B, C, z):
+            return interface.selective_scan_ref(
+                x, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True
+            )
+
+        y = scan(A, *tensors)
+        if A_reverse is not None:
+            y = y + scan(A_reverse, *(t.flip(-1) for t in tensors)).flip(-1)
+        return y
+
+    def no_out_proj(xz, cw, cb, xp, dp, A, B, C, D, delta_bias, delta_softplus):
+        return inner(xz, cw, cb, xp, dp, A, D, delta_bias)
+
+    def one_way(xz, cw, cb, xp, dp, op, ob, A, B, C, D, delta_bias, delta_softplus):
+        return F.linear(inner(xz, cw, cb, xp, dp, A, D, delta_bias).transpose(1, 2), op, ob)
+
+    def both_ways(xz, cw, cb, xp, dp, op, ob, A, A_b, B, C, D, delta_bias, delta_softplus):
+        return F.linear(inner(xz, cw, cb, xp, dp, A, D, delta_bias, A_b).transpose(1, 2), op, ob)
+
+    mixer = importlib.import_module("mamba_ssm.modules.mamba_simple")
+    mixer.mamba_inner_fn_no_out_proj = no_out_proj
+    mixer.mamba_inner_fn = one_way
+    mixer.bimamba_inner_fn = both_ways
+    # The mixer asks whether the fused convolution is there before it takes the path replaced above.
+    mixer.causal_conv1d_fn = no_out_proj
+    return importlib.import_module("models_mamba")
