@@ -16,6 +16,7 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -40,6 +41,11 @@ def compare(functions: dict, runs: int) -> dict[str, float]:
         for name, function in functions.items():
             times[name].append(timed(function))
     return {name: round(1e3 * statistics.median(values), 1) for name, values in times.items()}
+
+
+def step(model: torch.nn.Module, x: torch.Tensor) -> None:
+    model.zero_grad()
+    model(x).square().sum().backward()
 
 
 def main() -> None:
@@ -70,14 +76,10 @@ def main() -> None:
             error = float((ours(x) - theirs(x)).norm() / theirs(x).norm())
             if error > 1e-4:
                 sys.exit(f"our logits differ from the official ones by {error:.1e}: no times for a wrong result")
-            forward = compare({n: lambda m=m: m(x) for n, m in models.items()}, args.runs)
+            forward = compare({n: partial(m, x) for n, m in models.items()}, args.runs)
         rows.append({"what": "forward", "batch": batch, "rel_err": error, "ms": forward})
 
-        def step(model, x=x):
-            model.zero_grad()
-            model(x).square().sum().backward()
-
-        training = compare({n: lambda m=m: step(m) for n, m in models.items()}, max(2, args.runs // 2))
+        training = compare({n: partial(step, m, x) for n, m in models.items()}, max(2, args.runs // 3))
         rows.append({"what": "forward + backward", "batch": batch, "rel_err": error, "ms": training})
 
     print(f"{'':20} {'batch':>5} " + " ".join(f"{n:>20}" for n in models) + f" {'ours/DeiT':>10} {'official/ours':>14}")

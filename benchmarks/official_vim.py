@@ -35,16 +35,15 @@ def load(checkout: Path) -> types.ModuleType:
     interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
 
     def inner(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, delta_bias, A_reverse=None):
-        length, rank, states = xz.shape[-1], dt_proj.shape[1], A.shape[-1]
+        rank, states = dt_proj.shape[1], A.shape[-1]
         x, z = xz.chunk(2, dim=1)
-        x = F.silu(F.conv1d(x, conv_weight, conv_bias, padding=conv_weight.shape[-1] - 1, groups=x.shape[1])[..., :length])
+        padded = F.pad(x, (conv_weight.shape[-1] - 1, 0))
+        x = F.silu(F.conv1d(padded, conv_weight, conv_bias, groups=x.shape[1]))
         dt, B, C = (x.transpose(1, 2) @ x_proj.T).split((rank, states, states), dim=-1)
         tensors = (x, (dt @ dt_proj.T).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z)
 
         def scan(A, x, delta, B, C, z):
-            return interface.selective_scan_ref(
-                x, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True
-            )
+            return interface.selective_scan_ref(x, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True)
 
         y = scan(A, *tensors)
         if A_reverse is not None:

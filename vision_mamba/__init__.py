@@ -7,8 +7,8 @@ from . import _identity
 
 _identity.check_installed()
 
-from .checkpoint import load_checkpoint  # noqa: E402
-from .models import VisionMamba  # noqa: E402
-from .ops import causal_conv1d, selective_scan  # noqa: E402
+from .checkpoint import load_checkpoint
+from .models import VisionMamba
+from .ops import causal_conv1d, selective_scan
 
 __all__ = ["VisionMamba", "causal_conv1d", "load_checkpoint", "selective_scan"]

@@ -81,8 +81,10 @@ def load_checkpoint(
                 report.unexpected.append(name)
         elif tensor.shape == own[name].shape:
             accepted[name] = tensor
-        elif name == f"{first_conv}.weight" and tensor.shape[2:] == own[name].shape[2:] and (
-            tensor.shape[0] == own[name].shape[0] and tensor.shape[1] == 3
+        elif (
+            name == f"{first_conv}.weight"
+            and tensor.shape[2:] == own[name].shape[2:]
+            and (tensor.shape[0] == own[name].shape[0] and tensor.shape[1] == 3)
         ):
             accepted[name] = adapt_input_conv(own[name].shape[1], tensor)
             report.adapted.append(name)
@@ -146,7 +148,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return dict(loaded)
 
 
-def find_state_dict(loaded: Mapping[str, Any], *, use_ema: bool = False, source: str = "checkpoint") -> dict[str, Tensor]:
+def find_state_dict(
+    loaded: Mapping[str, Any], *, use_ema: bool = False, source: str = "checkpoint"
+) -> dict[str, Tensor]:
     """The weights in a checkpoint, without the prefixes that DDP and torch.compile add.
 
     Raises:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tests.golden import recipe
 
 import vision_mamba
+from tests.golden import recipe
 
 FOLDER = Path(__file__).parent.parent / "golden"
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.conftest import assert_close
 
+from tests.conftest import assert_close
 from vision_mamba.ops import causal_conv1d
 
 
@@ -29,7 +29,9 @@ def test_raster_order_is_torch_conv1d(backend):
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 2, 3, 4), (2, 37, 4, 19)], ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)]
+)
 def test_cpu_agrees_with_definition(shape, width, activation, dtype, tolerance):
     leaves, table = make(*shape, width, dtype=dtype)
     doubles = [t.detach().double().requires_grad_() for t in leaves]

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from tests.conftest import assert_close
 from tests.golden import recipe
-
 from vision_mamba.ops import selective_scan
 from vision_mamba.ops.backend import resolve_backend
 
@@ -109,7 +109,9 @@ SHAPES = [  # batch, L, K, D, N, groups
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("merge", ["none", "sum"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-L{}-K{}-D{}-N{}-G{}".format(*s))
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)]
+)
 def test_cpu_agrees_with_definition(shape, merge, shared, dtype, tolerance):
     inputs, table = make_inputs(*shape, dtype=dtype, shared=shared)
     options = dict(delta_softplus=True, merge=merge)
@@ -154,7 +156,9 @@ def test_shared_parameters_equal_repeated_ones():
     inputs, table = make_inputs(2, 9, 3, 6, 4, 1, torch.float64, shared=True)
     shared = {k: v[:, :, 0] for k, v in inputs.items() if k in ("delta", "B", "C")}
     shared |= {k: inputs[k][0] for k in ("A", "D", "delta_bias")}
-    repeated = {k: v.unsqueeze(2).expand(-1, -1, 3, *v.shape[2:]) for k, v in shared.items() if k in ("delta", "B", "C")}
+    repeated = {
+        k: v.unsqueeze(2).expand(-1, -1, 3, *v.shape[2:]) for k, v in shared.items() if k in ("delta", "B", "C")
+    }
     repeated |= {k: shared[k].expand(3, *shared[k].shape) for k in ("A", "D", "delta_bias")}
     short = selective_scan(inputs["u"], **shared, paths=table)
     assert torch.equal(short, selective_scan(inputs["u"], **repeated, paths=table))
@@ -168,7 +172,12 @@ def test_strided_inputs_equal_contiguous_ones():
     a = selective_scan(u, inputs["delta"][:, :, 0], inputs["A"][0], inputs["B"][:, :, 0], inputs["C"][:, :, 0], z=z)
     transposed = u.transpose(0, 1).contiguous().transpose(0, 1)
     b = selective_scan(
-        transposed, inputs["delta"][:, :, 0], inputs["A"][0], inputs["B"][:, :, 0], inputs["C"][:, :, 0], z=z.contiguous()
+        transposed,
+        inputs["delta"][:, :, 0],
+        inputs["A"][0],
+        inputs["B"][:, :, 0],
+        inputs["C"][:, :, 0],
+        z=z.contiguous(),
     )
     assert torch.equal(a, b)
 

@@ -62,8 +62,9 @@ class MambaMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(sets, inner, **dd))
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.gamma = nn.Parameter(torch.empty(dim, **dd)) if layer_scale is not None else None
-        self._layer_scale = layer_scale
         self.reset_parameters()
+        if self.gamma is not None:
+            nn.init.constant_(self.gamma, layer_scale or 0.0)
 
     def reset_parameters(self, dt_min: float = 0.001, dt_max: float = 0.1) -> None:
         """S4D-real A, and step sizes log-uniform in [dt_min, dt_max] (Gu & Dao 2023, section 3.6)."""
@@ -80,8 +81,6 @@ class MambaMixer(nn.Module):
             self.dt_proj_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
             self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
         nn.init.ones_(self.D)
-        if self.gamma is not None:
-            nn.init.constant_(self.gamma, self._layer_scale)
 
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
         """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
@@ -104,10 +103,11 @@ class MambaMixer(nn.Module):
             return tensor.squeeze(2) if self.share_paths else tensor
 
         # A, D, the bias and the states stay float32 under autocast: bf16 steps would lose the slow decays.
+        A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = selective_scan(
             x.squeeze(2) if self.share_paths else x,
             tokens(delta),
-            -torch.exp(self.A_log.float()) if self.A_log.dtype != torch.float64 else -torch.exp(self.A_log),
+            -torch.exp(A_log),
             tokens(B),
             tokens(C),
             self.D[0] if self.share_paths else self.D,
@@ -117,7 +117,6 @@ class MambaMixer(nn.Module):
             paths=paths,
             merge="sum",
         )
-        if self.average:
-            y = y / self.num_paths
-        y = self.out_proj(y)
+        assert isinstance(y, Tensor)
+        y = self.out_proj(y / self.num_paths if self.average else y)
         return y if self.gamma is None else y * self.gamma

@@ -37,9 +37,7 @@ class OverlapPatchEmbed(nn.Module):
         super().__init__()
         self.patch_size, self.stride, self.dynamic_img_size = patch_size, stride, dynamic_img_size
         self.set_input_size(img_size)
-        self.proj = nn.Conv2d(
-            in_chans, embed_dim, kernel_size=patch_size, stride=stride, device=device, dtype=dtype
-        )
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=stride, device=device, dtype=dtype)
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
         self.grid_size = self.dynamic_feat_size(img_size)

@@ -4,6 +4,6 @@ from .. import _identity
 
 _identity.check_not_shadowed()
 
-from .vim import VisionMamba  # noqa: E402
+from .vim import VisionMamba
 
 __all__ = ["VisionMamba"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -172,7 +173,7 @@ class VisionMamba(nn.Module):
         self.feature_info = [
             dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(num_blocks)
         ]
-        self.norm = norm_layer(embed_dim, **dd)
+        self.norm: nn.Module = norm_layer(embed_dim, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights(depth)
@@ -191,7 +192,8 @@ class VisionMamba(nn.Module):
     def init_weights(self, depth: int) -> None:
         """The official initialisation: output projections shrink with the depth, as in GPT-2."""
         lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
         for embedding in (self.pos_embed, *(getattr(self, name) for name in self._cls_names())):
             if embedding is not None:
                 trunc_normal_(embedding, std=0.02)
@@ -199,7 +201,7 @@ class VisionMamba(nn.Module):
             if name.endswith("out_proj.weight"):
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
                 with torch.no_grad():
-                    parameter /= math.sqrt(depth)
+                    parameter.div_(math.sqrt(depth))
         self._init_head()
 
     def _init_head(self) -> None:
@@ -243,9 +245,7 @@ class VisionMamba(nn.Module):
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(to_2tuple(img_size))
         if self.pos_embed is not None:
-            resampled = resample_pos_embed(
-                self.pos_embed, old_grid, self.patch_embed.grid_size, self._cls_positions
-            )
+            resampled = resample_pos_embed(self.pos_embed, old_grid, self.patch_embed.grid_size, self._cls_positions)
             self.pos_embed = nn.Parameter(resampled.detach().clone())
 
     def _cls_positions(self, num_patches: int) -> tuple[int, ...]:
@@ -388,7 +388,12 @@ def remove_tokens(x: Tensor, positions: tuple[int, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def resample_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], cls_positions) -> Tensor:
+def resample_pos_embed(
+    pos_embed: Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    cls_positions: Callable[[int], tuple[int, ...]],
+) -> Tensor:
     """Position table (1, L, C) for another grid of patches; the class tokens keep their own rows.
 
     Unlike the official interpolation, which takes the first rows for class tokens, this knows where they are.
@@ -450,10 +455,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
         if paired:
             prefix, suffix = f"blocks.{int(layer) // 2}", "_reverse" if int(layer) % 2 else ""
         module, _, name = name.partition(".")
-        for table, path in ((_OFFICIAL_MIXER, 0), (_OFFICIAL_REVERSE, 1)):
-            if module == "mixer" and name in table:
+        for official, path in ((_OFFICIAL_MIXER, 0), (_OFFICIAL_REVERSE, 1)):
+            if module == "mixer" and name in official:
                 value = value.squeeze(1) if name.startswith("conv1d") and value.ndim == 3 else value
-                by_path.setdefault(f"{prefix}.{module}{suffix}.{table[name]}", {})[path] = value
+                by_path.setdefault(f"{prefix}.{module}{suffix}.{official[name]}", {})[path] = value
                 break
         else:
             out[f"{prefix}.{module}{suffix}.{name}"] = value
@@ -527,8 +532,8 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vision
         except OSError as error:
             cfg = default_cfgs[variant].default
             raise RuntimeError(
-                f"could not fetch the weights of {variant} ({cfg.hf_hub_filename} of {cfg.hf_hub_id} on the Hugging Face "
-                "hub). Without a network, copy that file here and call vision_mamba.load_checkpoint(model, 'FILE')"
+                f"could not fetch the weights of {variant} ({cfg.hf_hub_filename} of {cfg.hf_hub_id} on the Hugging "
+                "Face hub). Without a network, copy that file here and call vision_mamba.load_checkpoint(model, 'FILE')"
             ) from error
 
 

@@ -43,7 +43,8 @@ def causal_conv1d(
         raise ValueError(f"activation={activation!r}: allowed are None and 'silu'")
     if x.ndim != 3 or weight.ndim not in (2, 3) or weight.shape[-2] != x.shape[-1]:
         raise ValueError(
-            f"x must be (batch, L, D) and weight (K, D, width) or (D, width), got {tuple(x.shape)}, {tuple(weight.shape)}"
+            "x must be (batch, L, D) and weight (K, D, width) or (D, width), "
+            f"got {tuple(x.shape)}, {tuple(weight.shape)}"
         )
     name = resolve_backend(backend, x.device)
     has_paths = weight.ndim == 3 or (paths is not None and paths.ndim == 2)
@@ -51,7 +52,9 @@ def causal_conv1d(
     weight = weight.expand(paths.shape[0], *weight.shape[-2:])
     if bias is not None:
         if tuple(bias.shape) not in ((x.shape[-1],), tuple(weight.shape[:2])):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({x.shape[-1]},) or {tuple(weight.shape[:2])}")
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)}; expected ({x.shape[-1]},) or {tuple(weight.shape[:2])}"
+            )
         bias = bias.expand(weight.shape[:2])
     if name == "reference":
         y = reference.causal_conv1d(x, weight, bias, activation=activation, paths=paths)

@@ -130,7 +130,8 @@ def causal_conv1d(
 
     tokens = x.to(dtype)[:, paths]  # (batch, K, L, D)
     tokens = F.pad(tokens, (0, 0, width - 1, 0))
-    y = sum(tokens[:, :, w : w + length] * weight[None, :, None, :, w] for w in range(width))
+    taps = [tokens[:, :, w : w + length] * weight[None, :, None, :, w] for w in range(width)]
+    y = torch.stack(taps).sum(0)
     if bias is not None:
         y = y + bias.to(dtype).expand(num_paths, dim)[None, :, None]
     if activation == "silu":
