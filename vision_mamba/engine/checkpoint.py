@@ -1,0 +1,92 @@
+"""Files that hold a training run's state: written atomically, read with `weights_only=True`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import timm
+import torch
+
+from vision_mamba.errors import UserError
+
+FORMAT = "vision_mamba/1"
+LAST, BEST, CONFIG, LOG = "last.pth", "best.pth", "config.yaml", "log.csv"
+RUN_FILES = (LAST, BEST, CONFIG, LOG)
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint so that a reader sees the old file or the new one, never a part."""
+    _write(path, lambda file: torch.save({"format": FORMAT, **state, "versions": versions()}, file))
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a small text file with the same guarantee as `save_checkpoint`."""
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files of a writer that was killed."""
+    for pattern in (*(f"{name}.tmp" for name in RUN_FILES), ".curves.*.png", ".confusion.*.png"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint of `tools/train.py`.
+
+    Raises:
+        UserError: The file is missing, damaged, or of another format.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint not found: {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises half a dozen types for damaged files
+        reason = str(e).strip().splitlines()
+        raise UserError(f"checkpoint {path} cannot be read: {reason[0] if reason else type(e).__name__}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of tools/train.py; use model.checkpoint to start from its weights")
+    return state
+
+
+def read_training_state(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint that a run can continue from; raises UserError where it holds weights only."""
+    state = read_checkpoint(path)
+    if "optimizer" not in state:
+        raise UserError(f"{path} holds weights only; resume from {LAST}, or set model.checkpoint to start from it")
+    return state
+
+
+def versions() -> dict[str, str]:
+    """The versions a checkpoint records."""
+    try:
+        own = metadata.version("vision-mamba-zoo")
+    except metadata.PackageNotFoundError:  # run from a source tree that was not installed
+        own = "unknown"
+    return {
+        "vision_mamba": own,
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    # To a temporary name, down to the disk, then in place of the old file in one step.
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    # The rename itself must reach the disk too.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
