@@ -45,9 +45,7 @@ SS2D = ("raster", "column", "reverse", "column_reverse")
 _cache: dict[tuple, Tensor] = {}
 
 
-def scan_paths(
-    names: Sequence[str], height: int, width: int, *, device: torch.device | str = "cpu"
-) -> Tensor:
+def scan_paths(names: Sequence[str], height: int, width: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Table of named paths over a ``height`` x ``width`` grid of tokens.
 
     Args:

@@ -63,8 +63,12 @@ def causal_conv1d(
     return y if has_paths else y.squeeze(2)
 
 
-@torch.library.custom_op("vision_mamba::causal_conv1d", mutates_args=())
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, paths: Tensor, silu: bool, backend: str) -> Tensor:
+# Schemas are spelt out: torch 2.6 cannot infer them from annotations such as ``list[Tensor]``.
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor paths, bool silu, str backend"
+
+
+@torch.library.custom_op("vision_mamba::causal_conv1d", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
+def _conv(x, weight, bias, paths, silu, backend):
     return load_backend(backend).causal_conv1d_forward(x, weight, bias, paths, silu)
 
 
@@ -73,10 +77,10 @@ def _(x, weight, bias, paths, silu, backend):
     return x.new_empty((x.shape[0], x.shape[1], weight.shape[0], x.shape[2]))
 
 
-@torch.library.custom_op("vision_mamba::causal_conv1d_backward", mutates_args=())
-def _conv_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, paths: Tensor, silu: bool, backend: str
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "vision_mamba::causal_conv1d_backward", mutates_args=(), schema=f"(Tensor dy, {_INPUTS}) -> Tensor[]"
+)
+def _conv_backward(dy, x, weight, bias, paths, silu, backend):
     grads = load_backend(backend).causal_conv1d_backward(dy, x, weight, bias, paths, silu)
     return [grad for grad in grads if grad is not None]
 

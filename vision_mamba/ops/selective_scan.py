@@ -162,23 +162,19 @@ def canonical_paths(paths: Tensor | None, num_paths: int | None, length: int, de
     return paths.reshape(-1, length).to(device=device, dtype=torch.int32)
 
 
-@torch.library.custom_op("vision_mamba::selective_scan", mutates_args=())
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    paths: Tensor,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    merge: bool,
-    save_states: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+# Schemas are spelt out: torch 2.6 cannot infer them from annotations such as ``list[Tensor]``.
+_TENSORS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor paths, "
+    "Tensor? initial_state"
+)
+
+
+@torch.library.custom_op(
+    "vision_mamba::selective_scan",
+    mutates_args=(),
+    schema=f"({_TENSORS}, bool delta_softplus, bool merge, bool save_states, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _scan(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, backend):
     """Canonical shapes in; y, last state (b, K, D, N) and the backend's saved border states out."""
     return load_backend(backend).selective_scan_forward(
         u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states
@@ -197,25 +193,15 @@ def _(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus,
     return y, last_state, u.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("vision_mamba::selective_scan_backward", mutates_args=())
+@torch.library.custom_op(
+    "vision_mamba::selective_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor? dlast_state, Tensor states, {_TENSORS}, bool delta_softplus, bool merge, str backend)"
+    " -> Tensor[]",
+)
 def _scan_backward(
-    dy: Tensor,
-    dlast_state: Tensor | None,
-    states: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    paths: Tensor,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    merge: bool,
-    backend: str,
-) -> list[Tensor]:
+    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, backend
+):
     """Gradients of the tensors that are there, in the order u, delta, A, B, C, D, z, delta_bias, initial_state."""
     grads = load_backend(backend).selective_scan_backward(
         dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -147,25 +150,67 @@ def check_paths(paths: Tensor) -> np.ndarray:
     return array
 
 
-_pool: tuple[int, int, ThreadPoolExecutor] | None = None
+_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime (GNU's) that torch has loaded, or None.
+
+    torch's idle workers spin for milliseconds after each operation. Threads of our own would share the cores with
+    them (Vim-Ti took 1.4 times as long on two cores), so the kernels run on those very workers.
+    """
+    try:
+        with open("/proc/self/maps") as maps:
+            libraries = {line.split()[-1] for line in maps if "/libgomp" in line}
+    except OSError:
+        return None
+    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libgomp")
+    of_torch = [name for name in libraries if name.startswith(library) or "torch.libs" in name]
+    chosen = of_torch or (sorted(libraries) if len(libraries) == 1 else [])
+    if not chosen:
+        return None
+    openmp = ctypes.CDLL(chosen[0])
+    openmp.GOMP_parallel.argtypes = [_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    openmp.GOMP_parallel.restype = None
+    return openmp
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Where torch has another runtime: threads of our own. A forked process (another ``process``) gets new ones."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="vision_mamba")
 
 
 def run_tasks(kernel: Callable, num_tasks: int, *args) -> None:
     """Call ``kernel(start, stop, *args)`` over ``range(num_tasks)`` on ``torch.get_num_threads()`` threads.
 
-    The kernels release the GIL. Our own pool, not numba's: it is safe when several Python threads
-    call in, after a fork (a new process gets a new pool), and it obeys ``torch.set_num_threads``.
+    The kernels release the GIL. Several Python threads may call at once, which numba's own layer does not allow.
     """
-    global _pool
     threads = min(torch.get_num_threads(), num_tasks)
     if threads <= 1:
         kernel(0, num_tasks, *args)
         return
-    key = (os.getpid(), threads)
-    if _pool is None or _pool[0] != key[0] or _pool[1] < threads:
-        _pool = (*key, ThreadPoolExecutor(threads - 1, thread_name_prefix="vision_mamba"))
     bounds = [num_tasks * i // threads for i in range(threads + 1)]
-    futures = [_pool[2].submit(kernel, bounds[i], bounds[i + 1], *args) for i in range(1, threads)]
-    kernel(bounds[0], bounds[1], *args)
-    for future in futures:
-        future.result()
+    openmp = _openmp()
+    if openmp is None:
+        futures = [
+            _pool(os.getpid(), threads).submit(kernel, start, stop, *args) for start, stop in itertools.pairwise(bounds)
+        ]
+        for future in futures:
+            future.result()
+        return
+
+    parts, errors = itertools.count(), []
+
+    def body(_) -> None:
+        # Whoever comes takes the next part: the runtime may give fewer threads than asked for.
+        while (part := next(parts)) < threads:
+            try:
+                kernel(bounds[part], bounds[part + 1], *args)
+            except BaseException as error:  # must not cross the C frame
+                errors.append(error)
+
+    openmp.GOMP_parallel(_Body(body), None, threads, 0)
+    if errors:
+        raise errors[0]
