@@ -15,7 +15,14 @@ from tests.conftest import assert_close
 from tests.golden import recipe
 from tests.golden.make_vim_options import from_official_arguments
 from tests.models.golden import FOLDER, check_case, load_case
-from vision_mamba.models.vim import VisionMamba, checkpoint_filter_fn, insert_tokens, remove_tokens, resample_pos_embed
+from vision_mamba.models.vim import (
+    VisionMamba,
+    checkpoint_filter_fn,
+    cls_positions,
+    insert_tokens,
+    remove_tokens,
+    resample_pos_embed,
+)
 
 
 def small(**kwargs):
@@ -81,7 +88,7 @@ def test_class_token_positions(position):
     x = torch.randn(2, 3, 64, 64)
     tokens = model.forward_features(x)
     assert tokens.shape[1] == 16 + {"double": 2, "none": 0}.get(position, 1)
-    places = model._cls_positions(16)
+    places = cls_positions(position, 16)
     assert places == {"middle": (8,), "head": (0,), "double": (0, 17), "none": ()}[position]
     patches = remove_tokens(tokens, places)
     assert patches.shape[1] == 16
@@ -221,10 +228,7 @@ def test_position_table_resampling_keeps_constant_and_size():
     table = torch.full((1, 17, 4), 2.0)
     table[:, 8] = 7.0
 
-    def middle(n):
-        return (n // 2,)
-
-    out = resample_pos_embed(table, (4, 4), (6, 3), middle)
+    out = resample_pos_embed(table, (4, 4), (6, 3), "middle")
     assert out.shape == (1, 19, 4) and bool((out[:, 9] == 7).all())
     assert_close("patches", remove_tokens(out, (9,)), torch.full((1, 18, 4), 2.0), 1e-6)
 

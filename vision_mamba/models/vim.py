@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -18,12 +17,18 @@ from timm.layers import DropPath, resample_abs_pos_embed, to_2tuple, trunc_norma
 from timm.layers.weight_init import lecun_normal_
 from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_function, register_notrace_module
 from timm.models._manipulate import checkpoint
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import MambaMixer, OverlapPatchEmbed
 from ..paths import scan_paths
+
+# torch.fx takes these whole: they look at sizes, which have no values while it traces.
+register_notrace_module(OverlapPatchEmbed)
+register_notrace_module(MambaMixer)
+register_notrace_function(scan_paths)
 
 ClsPosition = Literal["middle", "head", "double", "none"]
 GlobalPool = Literal["token", "avg", "max", "last", ""]
@@ -245,17 +250,8 @@ class VisionMamba(nn.Module):
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(to_2tuple(img_size))
         if self.pos_embed is not None:
-            resampled = resample_pos_embed(self.pos_embed, old_grid, self.patch_embed.grid_size, self._cls_positions)
+            resampled = resample_pos_embed(self.pos_embed, old_grid, self.patch_embed.grid_size, self.cls_position)
             self.pos_embed = nn.Parameter(resampled.detach().clone())
-
-    def _cls_positions(self, num_patches: int) -> tuple[int, ...]:
-        """Places of the class tokens in the sequence."""
-        return {
-            "middle": (num_patches // 2,),
-            "head": (0,),
-            "double": (0, num_patches + 1),
-            "none": (),
-        }[self.cls_position]
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image -> tokens with class tokens and positions, (batch, L, embed_dim), and the grid of patches."""
@@ -263,10 +259,10 @@ class VisionMamba(nn.Module):
         grid = (x.shape[1], x.shape[2])
         x = x.flatten(1, 2)
         cls_tokens = [getattr(self, name).expand(x.shape[0], -1, -1) for name in self._cls_names()]
-        x = insert_tokens(x, cls_tokens, self._cls_positions(grid[0] * grid[1]))
+        x = insert_tokens(x, cls_tokens, cls_positions(self.cls_position, grid[0] * grid[1]))
         if self.pos_embed is not None:
             # The sum is float32 under autocast, and so is the residual stream after it.
-            x = x + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self._cls_positions)
+            x = x + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self.cls_position)
         return self.pos_drop(x), grid
 
     def _paths(self, x: Tensor) -> Tensor:
@@ -286,7 +282,7 @@ class VisionMamba(nn.Module):
         return self.norm(x)
 
     def pool(self, x: Tensor) -> Tensor:
-        positions = self._cls_positions(x.shape[1] - self.num_cls_tokens)
+        positions = cls_positions(self.cls_position, x.shape[1] - self.num_cls_tokens)
         if self.global_pool == "token":
             return torch.stack([x[:, i] for i in positions]).mean(0) if len(positions) > 1 else x[:, positions[0]]
         if self.global_pool == "last":
@@ -329,7 +325,7 @@ class VisionMamba(nn.Module):
         take, last = feature_take_indices(len(self.blocks), indices)
         x, grid = self._embed(x)
         paths = self._paths(x)
-        positions = self._cls_positions(grid[0] * grid[1])
+        positions = cls_positions(self.cls_position, grid[0] * grid[1])
         intermediates: list[Any] = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x = self._block(block, x, paths)
@@ -368,6 +364,17 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
 
 
+def cls_positions(cls_position: ClsPosition, num_patches: int) -> tuple[int, ...]:
+    """Places of the class tokens in a sequence of ``num_patches`` patches."""
+    return {
+        "middle": (num_patches // 2,),
+        "head": (0,),
+        "double": (0, num_patches + 1),
+        "none": (),
+    }[cls_position]
+
+
+@register_notrace_function
 def insert_tokens(x: Tensor, tokens: list[Tensor], positions: tuple[int, ...]) -> Tensor:
     """Put ``tokens`` (each (batch, 1, C)) into ``x`` (batch, L, C) so that they stand at ``positions``."""
     if not tokens:
@@ -379,6 +386,7 @@ def insert_tokens(x: Tensor, tokens: list[Tensor], positions: tuple[int, ...]) -
     return torch.cat([*parts, x[:, start:]], dim=1)
 
 
+@register_notrace_function
 def remove_tokens(x: Tensor, positions: tuple[int, ...]) -> Tensor:
     """``x`` (batch, L, C) without the tokens at ``positions``."""
     if not positions:
@@ -388,11 +396,12 @@ def remove_tokens(x: Tensor, positions: tuple[int, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+@register_notrace_function
 def resample_pos_embed(
     pos_embed: Tensor,
     old_grid: tuple[int, int],
     new_grid: tuple[int, int],
-    cls_positions: Callable[[int], tuple[int, ...]],
+    cls_position: ClsPosition,
 ) -> Tensor:
     """Position table (1, L, C) for another grid of patches; the class tokens keep their own rows.
 
@@ -403,7 +412,7 @@ def resample_pos_embed(
     """
     if old_grid == new_grid:
         return pos_embed
-    old_positions = cls_positions(old_grid[0] * old_grid[1])
+    old_positions = cls_positions(cls_position, old_grid[0] * old_grid[1])
     if pos_embed.shape[1] != old_grid[0] * old_grid[1] + len(old_positions):
         raise ValueError(f"position embedding of {pos_embed.shape[1]} rows does not fit a grid of {old_grid}")
     patches = resample_abs_pos_embed(
@@ -414,7 +423,7 @@ def resample_pos_embed(
         antialias=False,
     )
     cls_rows = [pos_embed[:, i : i + 1] for i in old_positions]
-    return insert_tokens(patches, cls_rows, cls_positions(new_grid[0] * new_grid[1]))
+    return insert_tokens(patches, cls_rows, cls_positions(cls_position, new_grid[0] * new_grid[1]))
 
 
 _OFFICIAL_MIXER = {
@@ -469,9 +478,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
     if table is not None and model.pos_embed is not None and table.shape[1] != model.pos_embed.shape[1]:
         side = math.isqrt(table.shape[1] - model.num_cls_tokens)
         if side * side + model.num_cls_tokens == table.shape[1]:
-            out["pos_embed"] = resample_pos_embed(
-                table, (side, side), model.patch_embed.grid_size, model._cls_positions
-            )
+            out["pos_embed"] = resample_pos_embed(table, (side, side), model.patch_embed.grid_size, model.cls_position)
     return out
 
 
