@@ -1,0 +1,307 @@
+"""The Triton kernels against the definitions in float64.
+
+Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported:
+``test_in_the_interpreter`` runs this file again in such a process. To run that by hand:
+``TRITON_INTERPRET=1 python -m pytest tests/ops/test_triton.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from vision_mamba.ops.causal_conv1d import causal_conv1d
+from vision_mamba.ops.selective_scan import selective_scan
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if CUDA else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+kernels = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1 in the environment")
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run in this process")
+def test_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))),
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+@dataclass(frozen=True)
+class Case:
+    length: int
+    dim: int = 5
+    num_states: int = 4
+    num_paths: int = 2
+    batch: int = 1
+    groups: int = 1
+    merge: str = "none"
+    u_shared: bool = True
+    z: str = "shared"  # "shared", "each" or "none"
+    parameters: bool = True  # D, delta_bias and an initial state
+    softplus: bool = True
+    broadcast: bool = False  # delta, B, C and the parameters once for all paths
+    dtype: torch.dtype = torch.float32
+    programs: int | None = None  # how many are wanted: 0 has each walk all paths, many cut the paths
+
+
+def inputs(case: Case, device: str) -> dict[str, torch.Tensor | None]:
+    """In the dtype of the case, with the slices of wide projections that models pass in."""
+    generator = torch.Generator().manual_seed(case.length + 31 * case.dim)
+    batch, length, dim, states, paths = case.batch, case.length, case.dim, case.num_states, case.num_paths
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    each = () if case.broadcast else (paths,)
+    token_shape = (batch, length, paths, dim)
+    wide = normal(batch, length, 2 * dim, dtype=case.dtype)
+    lead = (batch, length) if case.broadcast else (batch, length, paths)
+    projected = normal(*lead, case.groups, 2 * states + 3, dtype=case.dtype)
+    table = torch.stack([torch.randperm(length, generator=generator) for _ in range(paths)])
+    return {
+        "u": wide[..., :dim] if case.u_shared else normal(*token_shape, dtype=case.dtype),
+        "delta": normal(*lead, dim, dtype=case.dtype) * 0.5 + (-1.0 if case.softplus else 1.5),
+        "A": -torch.rand(*each, dim, states, generator=generator).to(device) * 3 - 0.1,
+        "B": projected[..., 3 : 3 + states],
+        "C": projected[..., 3 + states :],
+        "D": normal(*each, dim) if case.parameters else None,
+        "z": {"shared": wide[..., dim:], "each": normal(*token_shape, dtype=case.dtype), "none": None}[case.z],
+        "delta_bias": normal(*each, dim) * 0.3 if case.parameters else None,
+        "initial_state": normal(batch, paths, dim, states) if case.parameters else None,
+        "paths": table.to(device),
+    }
+
+
+def results(case: Case, given: dict, backend: str) -> dict[str, torch.Tensor]:
+    """Outputs and gradients, by name."""
+    float64 = backend == "reference"
+    tensors = {}
+    for name, tensor in given.items():
+        if tensor is not None and name != "paths":
+            tensor = (tensor.double() if float64 else tensor).detach()
+            tensors[name] = tensor.requires_grad_()
+    y, last = selective_scan(
+        **tensors, paths=given["paths"], delta_softplus=case.softplus, merge=case.merge, return_last_state=True,
+        backend=backend,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    dy = torch.randn(y.shape, generator=generator).to(given["u"].dtype).to(y)
+    dlast = torch.randn(last.shape, generator=generator).to(last)
+    grads = torch.autograd.grad([y, last], list(tensors.values()), [dy, dlast])
+    return {"y": y.detach(), "last_state": last.detach()} | {
+        f"d{name}": grad for name, grad in zip(tensors, grads, strict=True)
+    }
+
+
+def assert_near(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert ours.keys() == reference.keys()
+    errors = {}
+    for name, tensor in ours.items():
+        expected = reference[name]
+        assert tensor.shape == expected.shape, name
+        errors[name] = ((tensor.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+    worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+    assert errors[worst] <= tolerance, f"{worst}: relative error {errors[worst]:.2e} of {errors}"
+
+
+def check_scan(case: Case, monkeypatch) -> None:
+    from vision_mamba.ops.triton import selective_scan as module
+
+    if case.programs is not None:
+        monkeypatch.setattr(module, "_wanted_programs", lambda *_: case.programs)
+        monkeypatch.setattr(module, "_SPAN_STEPS", 1)
+    given = inputs(case, DEVICE)
+    reference = results(case, given, "reference")
+    assert_near(results(case, given, "triton"), reference, TOLERANCE[case.dtype])
+
+
+SMALL = [
+    Case(1),
+    Case(7, dim=40, num_states=16, batch=2, merge="sum"),
+    Case(7, num_paths=1, num_states=3, z="none", parameters=False),
+    Case(7, num_paths=4, num_states=1, merge="sum", u_shared=False, z="each", softplus=False, programs=0),
+    Case(7, num_paths=3, merge="sum", batch=2, programs=0),
+    Case(7, num_paths=3, z="each", programs=0),
+    Case(7, num_paths=3, u_shared=False, merge="sum"),
+    Case(7, dim=6, groups=3, num_states=3, num_paths=1),
+    Case(7, num_paths=2, broadcast=True, merge="sum"),
+    Case(7, num_states=33, num_paths=1, parameters=False),
+    Case(7, num_states=128, num_paths=1),
+    Case(7, num_states=16, dtype=torch.bfloat16, merge="sum"),
+    Case(7, num_states=1, dtype=torch.float16, z="each"),
+    Case(63, num_states=16, num_paths=1),
+    Case(63, num_states=1, merge="sum", programs=100),
+    Case(63, num_states=16, num_paths=1, z="none", programs=100),
+    Case(197, num_states=1, num_paths=2, merge="sum", programs=0),
+    Case(197, num_states=3, num_paths=1, z="none", programs=100),
+]
+
+
+@kernels
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_scan_agrees_with_the_reference(case, monkeypatch):
+    check_scan(case, monkeypatch)
+
+
+LARGE = [
+    *(Case(length, 96, 16, 2, batch=2, merge="sum") for length in (1, 63, 197, 500, 1000, 2049)),
+    *(Case(length, 100, 16, 2, batch=2, merge="sum", dtype=torch.bfloat16) for length in (500, 1000, 2049)),
+    *(Case(1000, 72, states, 1, z="none") for states in (1, 2, 7, 32, 64, 128)),
+    *(Case(500, 80, 16, paths, batch=2, merge="sum", programs=0) for paths in (1, 2, 3, 4)),
+    *(Case(500, 80, 1, 4, batch=2, merge=merge, u_shared=False, z="each") for merge in ("none", "sum")),
+    Case(2049, 96, 1, 4, batch=2, merge="sum", z="none", dtype=torch.bfloat16),
+    Case(785, 192, 16, 2, batch=2, groups=4, dtype=torch.float16),
+    Case(785, 96, 16, 3, broadcast=True, z="each"),
+    Case(1000, 384, 16, 1, softplus=False),
+    Case(20000, 32, 16, 1, dtype=torch.bfloat16),
+]
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_scan_agrees_with_the_reference_at_size(case, monkeypatch):
+    check_scan(case, monkeypatch)
+
+
+@kernels
+@pytest.mark.parametrize("programs", [0, 100])
+def test_backward_twice_gives_equal_bits(programs, monkeypatch):
+    from vision_mamba.ops.triton import selective_scan as module
+
+    monkeypatch.setattr(module, "_wanted_programs", lambda *_: programs)
+    monkeypatch.setattr(module, "_SPAN_STEPS", 1)
+    case = Case(500, 96, 16, 4, batch=4, merge="sum") if CUDA else Case(33, num_states=4, merge="sum")
+    given = inputs(case, DEVICE)
+    first, second = results(case, given, "triton"), results(case, given, "triton")
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@kernels
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shape", [(1, 5, 1, 4), (7, 70, 2, 4), (63, 5, 3, 3), (197, 5, 2, 2)])
+def test_convolution_agrees_with_the_reference(shape, silu):
+    length, dim, paths, width = shape
+    check_convolution(length, dim, paths, width, silu, torch.float32)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(197, 384, 2, 4), (2049, 100, 4, 3), (1000, 97, 1, 4)])
+def test_convolution_agrees_with_the_reference_at_size(shape, dtype):
+    length, dim, paths, width = shape
+    check_convolution(length, dim, paths, width, True, dtype)
+
+
+def check_convolution(length, dim, paths, width, silu, dtype) -> None:
+    generator = torch.Generator().manual_seed(length)
+    table = torch.stack([torch.randperm(length, generator=generator) for _ in range(paths)]).to(DEVICE)
+    given = {
+        "x": torch.randn(2, length, 2 * dim, generator=generator).to(DEVICE, dtype)[..., dim:],
+        "weight": torch.randn(paths, dim, width, generator=generator).to(DEVICE),
+        "bias": torch.randn(paths, dim, generator=generator).to(DEVICE) if silu else None,
+    }
+    found = {}
+    for backend in ("triton", "reference"):
+        tensors = {
+            name: (tensor.double() if backend == "reference" else tensor).detach().requires_grad_()
+            for name, tensor in given.items()
+            if tensor is not None
+        }
+        y = causal_conv1d(**tensors, activation="silu" if silu else None, paths=table, backend=backend)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(y)
+        grads = torch.autograd.grad(y, list(tensors.values()), dy)
+        found[backend] = {"y": y.detach()} | {f"d{n}": g for n, g in zip(tensors, grads, strict=True)}
+    assert_near(found["triton"], found["reference"], TOLERANCE[dtype])
+
+
+@kernels
+def test_float64_names_the_remedy():
+    tensor = torch.zeros(1, 4, 8, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(RuntimeError, match="float64.*backend='reference'"):
+        selective_scan(
+            tensor,
+            tensor,
+            -torch.ones(8, 2, device=DEVICE),
+            tensor[..., :2],
+            tensor[..., :2],
+            backend="triton",
+        )
+    with pytest.raises(RuntimeError, match="float64.*backend='reference'"):
+        causal_conv1d(tensor, torch.ones(8, 4, device=DEVICE), backend="triton")
+
+
+@kernels
+def test_an_index_outside_the_image_touches_no_foreign_memory():
+    x = torch.randn(1, 4, 8, device=DEVICE)
+    paths = torch.tensor([0, 1, 2**30, -5], device=DEVICE)
+    y = selective_scan(x, x, -torch.ones(8, 2, device=DEVICE), x[..., :2], x[..., :2], paths=paths, backend="triton")
+    assert torch.isfinite(y[:, :2]).all()
+
+
+@gpu
+@needs_gpu
+def test_offsets_beyond_32_bits():
+    """More than 2**31 elements a tensor; the last image must be what it is alone."""
+    batch, length, dim = 2, 131072, 8224
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of GPU memory")
+    torch.use_deterministic_algorithms(False)
+    u = torch.randn(batch, length, dim, device=DEVICE, dtype=torch.bfloat16)
+    delta = torch.randn_like(u)
+    B = torch.randn(batch, length, 1, device=DEVICE)
+    A = -torch.rand(dim, 1, device=DEVICE)
+    found = []
+    for image in (slice(None), slice(1, None)):
+        leaves = [u[image].requires_grad_(), delta[image].requires_grad_(), B[image].requires_grad_()]
+        y = selective_scan(*leaves[:2], A, leaves[2], leaves[2], delta_softplus=True, backend="triton")
+        found.append([y[-1].detach(), *(g[-1] for g in torch.autograd.grad(y, leaves, u[image].detach()))])
+        del y
+    for whole, alone in zip(*found, strict=True):
+        assert ((whole.float() - alone.float()).norm() / alone.float().norm()).item() < 4e-3
+
+
+@gpu
+@needs_gpu
+def test_other_lengths_compile_nothing_new():
+    from vision_mamba.ops.triton import selective_scan as module
+
+    def compiled() -> int:
+        kernels_used = (module._forward_kernel, module._backward_kernel)
+        return sum(len(cache[0]) for kernel in kernels_used for cache in kernel.device_caches.values())
+
+    counts = []
+    for length in (190, 191, 192, 195, 196, 197, 200, 208):
+        case = Case(length, 96, 16, 2, batch=2, merge="sum")
+        results(case, inputs(case, DEVICE), "triton")
+        counts.append(compiled())
+    assert counts[-1] == counts[0]
+
+
+@gpu
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    case = Case(63, 32, 16, 2, merge="sum")
+    given = inputs(case, "cuda:1")
+    assert_near(results(case, given, "triton"), results(case, given, "reference"), 1e-5)

@@ -1,0 +1,796 @@
+"""Selective scan in Triton. Tensors arrive in the canonical shapes of ``ops/selective_scan.py``.
+
+A program walks one path of one image for one block of channels, a tile of steps at a time. The recurrence
+inside a tile is unrolled: all steps of a state element lie in one thread, so it is a chain of fused
+multiply-adds while the loads of the next tile are in flight. Short of programs, the path is cut into
+spans which run at once: a first kernel finds what each span does to the state, a second links the spans.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .runtime import (
+    LOG2E,
+    OPTIONS,
+    alignment,
+    check_dtypes,
+    dense,
+    load_rows,
+    on_device,
+    sigmoid,
+    softplus,
+    store_rows,
+    visited,
+)
+
+# Left out of Triton's specialisation: most change with the length of the sequence, and each new
+# divisibility would be one more compilation. For the rows of states (h_n, border_n) it matters that Triton
+# does not know them aligned: it would load them four channels a thread, keep that layout for the state
+# in the loop, and pass the state through shared memory at every step.
+_VARYING = (
+    "batch length num_paths loop_paths groups span num_spans u_b u_l u_k delta_b delta_l delta_k z_b z_l z_k "
+    "y_b y_l y_k dy_b dy_l dy_k du_b du_l du_k dz_b dz_l dz_k B_b B_l B_k B_g C_b C_l C_k C_g "
+    "A_k A_d A_n D_k bias_k paths_k h_b h_s h_k h_n border_n"
+).split()
+
+
+def _varying(kernel) -> list[str]:
+    return [name for name in _VARYING if name in kernel.__code__.co_varnames[: kernel.__code__.co_argcount]]
+
+
+def _jit(kernel):
+    return triton.jit(kernel, do_not_specialize=_varying(kernel))
+
+
+@triton.jit
+def _step(tile, index, step: tl.constexpr):
+    """tile[step] along the first axis: exact, and free where that axis lies in a thread."""
+    # A sum of integers, not of floats: the compiler may drop the zeros it adds.
+    bits = tl.where(index == step, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, axis=0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _locate(num_paths, groups, per_group, num_spans, LOOP_PATHS: tl.constexpr, BLOCK: tl.constexpr):
+    """image, span, path, group, block within the group, channels, which of them exist."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(per_group, BLOCK)
+    block = pid % blocks
+    pid = pid // blocks
+    group = pid % groups
+    pid = pid // groups
+    k = 0
+    if not LOOP_PATHS:
+        k = pid % num_paths
+        pid = pid // num_paths
+    span_index = pid % num_spans
+    image = (pid // num_spans).to(tl.int64)
+    inside = block * BLOCK + tl.arange(0, BLOCK)
+    return image, span_index, k, group, block, group * per_group + inside, inside < per_group
+
+
+@triton.jit
+def _step_sizes(delta, bias, token, SOFTPLUS: tl.constexpr):
+    """delta with bias, before and after softplus; 0 at steps that do not exist, so the state stays."""
+    raw = delta.to(tl.float32) + bias[None, :]
+    dt = raw
+    if SOFTPLUS:
+        dt = softplus(raw)
+    return raw, tl.where((token >= 0)[:, None], dt, 0.0)
+
+
+@triton.jit
+def _scan_tile(dt, dtu, b, a2, h, T: tl.constexpr):
+    """decay, states before and after each step [T, N, channels]; the state after the tile."""
+    index = tl.arange(0, T)[:, None, None]
+    decay = tl.exp2(dt[:, None, :] * a2[None, :, :])
+    x = dtu[:, None, :] * b[:, :, None]
+    before = x
+    after = x
+    for s in tl.static_range(T):
+        before = tl.where(index == s, h[None, :, :], before)
+        h = _step(decay, index, s) * h + _step(x, index, s)
+        after = tl.where(index == s, h[None, :, :], after)
+    return decay, before, after, h
+
+
+@triton.jit
+def _sum_states(x, WARPS: tl.constexpr):
+    """Sum over N of [T, N, channels], of which a thread holds every WARPS-th state.
+
+    First what lies in a thread, then the rest of it permuted so that it does too. Triton's own sum over
+    several warps writes to shared memory with all lanes of a warp in one bank.
+    """
+    if WARPS == 1:
+        return tl.sum(x, axis=1)
+    T: tl.constexpr = x.shape[0]
+    NP: tl.constexpr = x.shape[1]
+    BLOCK: tl.constexpr = x.shape[2]
+    x = tl.sum(tl.reshape(x, (T, NP // WARPS, WARPS, BLOCK)), axis=1)
+    return tl.sum(tl.permute(x, (1, 0, 2)), axis=0)
+
+
+@triton.jit
+def _sum_channels(x):
+    """Sum over the channels of [T, N, channels], which are the lanes of a warp.
+
+    Permuted, the tile passes through shared memory once and a thread then holds all its channels. A sum
+    over lanes takes five shuffles for every number.
+    """
+    return tl.sum(tl.permute(x, (2, 0, 1)), axis=0)
+
+
+@_jit
+def _forward_kernel(
+    u, delta, A, B, C, D, z, bias, paths, initial, y, last_state, states,
+    length, num_paths, groups, per_group, span, num_spans,
+    u_b, u_l, u_k, delta_b, delta_l, delta_k, z_b, z_l, z_k, y_b, y_l, y_k,
+    B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, A_k, A_d, A_n, D_k, bias_k, paths_k, h_b, h_s, h_k, h_n, border_n,
+    N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, LOOP_PATHS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    image, span_index, k0, group, block, c, c_ok = _locate(num_paths, groups, per_group, num_spans, LOOP_PATHS, BLOCK)
+    n = tl.arange(0, NP)
+    n_ok = n < N
+    nc_ok = n_ok[:, None] & c_ok[None, :]
+    step = tl.arange(0, T)
+    dim = groups * per_group
+    num_chunks = tl.cdiv(length, CHUNK)
+    start = span_index * span
+    end = tl.minimum(start + span, length)
+    u_l = tl.multiple_of(u_l.to(tl.int64), ALIGN)
+    delta_l = tl.multiple_of(delta_l.to(tl.int64), ALIGN)
+    z_l = tl.multiple_of(z_l.to(tl.int64), ALIGN)
+    y_l = tl.multiple_of(y_l.to(tl.int64), ALIGN)
+    B_l = B_l.to(tl.int64)
+    C_l = C_l.to(tl.int64)
+
+    paths_here = 1
+    if LOOP_PATHS:
+        paths_here = num_paths
+    for k in range(k0, k0 + paths_here):
+        u_rows = u + tl.multiple_of(image * u_b + tl.cast(k, tl.int64) * u_k, ALIGN)
+        delta_rows = delta + tl.multiple_of(image * delta_b + tl.cast(k, tl.int64) * delta_k, ALIGN)
+        y_rows = y + tl.multiple_of(image * y_b + tl.cast(k, tl.int64) * y_k, ALIGN)
+        if z is not None:
+            z_rows = z + tl.multiple_of(image * z_b + tl.cast(k, tl.int64) * z_k, ALIGN)
+        B_rows = B + image * B_b + tl.cast(k, tl.int64) * B_k + group.to(tl.int64) * B_g
+        C_rows = C + image * C_b + tl.cast(k, tl.int64) * C_k + group.to(tl.int64) * C_g
+        path = paths + tl.cast(k, tl.int64) * paths_k
+
+        a_at = tl.cast(k, tl.int64) * A_k + c[None, :].to(tl.int64) * A_d + n[:, None].to(tl.int64) * A_n
+        a2 = tl.load(A + a_at, mask=nc_ok, other=0.0).to(tl.float32) * LOG2E
+        d = tl.zeros([BLOCK], tl.float32)
+        if D is not None:
+            d = tl.load(D + tl.cast(k, tl.int64) * D_k + c, mask=c_ok, other=0.0).to(tl.float32)
+        shift = tl.zeros([BLOCK], tl.float32)
+        if bias is not None:
+            shift = tl.load(bias + tl.cast(k, tl.int64) * bias_k + c, mask=c_ok, other=0.0).to(tl.float32)
+        h = tl.zeros([NP, BLOCK], tl.float32)
+        if initial is not None:
+            h_at = image * h_b + span_index.to(tl.int64) * h_s + tl.cast(k, tl.int64) * h_k
+            h_at = h_at + n[:, None].to(tl.int64) * h_n + c[None, :]
+            h = tl.load(initial + h_at, mask=nc_ok, other=0.0).to(tl.float32)
+
+        # One tile ahead in the rows, two in the path: no load waits for another one.
+        token_next = visited(path, start + step, end, length)
+        delta_next = load_rows(delta_rows, token_next, delta_l, c, c_ok)
+        u_next = load_rows(u_rows, token_next, u_l, c, c_ok)
+        if z is not None:
+            z_next = load_rows(z_rows, token_next, z_l, c, c_ok)
+        b_next = load_rows(B_rows, token_next, B_l, n, n_ok)
+        c_next = load_rows(C_rows, token_next, C_l, n, n_ok)
+        token_after = visited(path, start + T + step, end, length)
+        for t0 in range(start, end, T):
+            token = token_next
+            delta_tile = delta_next
+            u_tile = u_next
+            b_tile = b_next
+            c_tile = c_next
+            if z is not None:
+                z_tile = z_next
+            token_next = token_after
+            delta_next = load_rows(delta_rows, token_next, delta_l, c, c_ok)
+            u_next = load_rows(u_rows, token_next, u_l, c, c_ok)
+            if z is not None:
+                z_next = load_rows(z_rows, token_next, z_l, c, c_ok)
+            b_next = load_rows(B_rows, token_next, B_l, n, n_ok)
+            c_next = load_rows(C_rows, token_next, C_l, n, n_ok)
+            token_after = visited(path, t0 + 2 * T + step, end, length)
+            if LOOP_PATHS:  # the sum over the paths that were walked before
+                y_before = load_rows(y_rows, tl.where(k > 0, token, -1), y_l, c, c_ok)
+
+            if states is not None:
+                if t0 % CHUNK == 0:
+                    border = states + ((image * num_chunks + t0 // CHUNK) * num_paths + k) * N * border_n
+                    tl.store(border + n[:, None].to(tl.int64) * border_n + c[None, :], h, mask=nc_ok)
+
+            _, dt = _step_sizes(delta_tile, shift, token, SOFTPLUS)
+            uf = u_tile.to(tl.float32)
+            _, _, after, h = _scan_tile(dt, dt * uf, b_tile.to(tl.float32), a2, h, T)
+            out = _sum_states(after * c_tile.to(tl.float32)[:, :, None], WARPS) + d[None, :] * uf
+            if z is not None:
+                zf = z_tile.to(tl.float32)
+                out = out * zf * sigmoid(zf)
+            if LOOP_PATHS:
+                out = out + y_before
+            store_rows(y_rows, token, y_l, c, c_ok, out)
+
+        state_at = (image * num_paths + k) * N * dim + c[None, :].to(tl.int64) * N + n[:, None]
+        if span_index == num_spans - 1:
+            tl.store(last_state + state_at, h, mask=nc_ok)
+        if LOOP_PATHS:
+            tl.debug_barrier()  # the next path reads rows that other threads of the program wrote
+
+
+@_jit
+def _span_forward_kernel(
+    u, delta, A, B, bias, paths, change, total,
+    length, num_paths, groups, per_group, span, num_spans,
+    u_b, u_l, u_k, delta_b, delta_l, delta_k, B_b, B_l, B_k, B_g, A_k, A_d, A_n, bias_k, paths_k, border_n,
+    N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """What a span does to the state: change [.., N, D] from zero, and the sum of its steps [.., D]."""
+    image, span_index, k, group, block, c, c_ok = _locate(num_paths, groups, per_group, num_spans, False, BLOCK)
+    n = tl.arange(0, NP)
+    n_ok = n < N
+    nc_ok = n_ok[:, None] & c_ok[None, :]
+    step = tl.arange(0, T)
+    start = span_index * span
+    end = tl.minimum(start + span, length)
+    u_l = tl.multiple_of(u_l.to(tl.int64), ALIGN)
+    delta_l = tl.multiple_of(delta_l.to(tl.int64), ALIGN)
+    B_l = B_l.to(tl.int64)
+    u_rows = u + tl.multiple_of(image * u_b + tl.cast(k, tl.int64) * u_k, ALIGN)
+    delta_rows = delta + tl.multiple_of(image * delta_b + tl.cast(k, tl.int64) * delta_k, ALIGN)
+    B_rows = B + image * B_b + tl.cast(k, tl.int64) * B_k + group.to(tl.int64) * B_g
+    path = paths + tl.cast(k, tl.int64) * paths_k
+    a_at = tl.cast(k, tl.int64) * A_k + c[None, :].to(tl.int64) * A_d + n[:, None].to(tl.int64) * A_n
+    a2 = tl.load(A + a_at, mask=nc_ok, other=0.0).to(tl.float32) * LOG2E
+    shift = tl.zeros([BLOCK], tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + tl.cast(k, tl.int64) * bias_k + c, mask=c_ok, other=0.0).to(tl.float32)
+    h = tl.zeros([NP, BLOCK], tl.float32)
+    dt_sum = tl.zeros([T, BLOCK], tl.float32)
+
+    token_next = visited(path, start + step, end, length)
+    delta_next = load_rows(delta_rows, token_next, delta_l, c, c_ok)
+    u_next = load_rows(u_rows, token_next, u_l, c, c_ok)
+    b_next = load_rows(B_rows, token_next, B_l, n, n_ok)
+    token_after = visited(path, start + T + step, end, length)
+    for t0 in range(start, end, T):
+        token = token_next
+        delta_tile = delta_next
+        u_tile = u_next
+        b_tile = b_next
+        token_next = token_after
+        delta_next = load_rows(delta_rows, token_next, delta_l, c, c_ok)
+        u_next = load_rows(u_rows, token_next, u_l, c, c_ok)
+        b_next = load_rows(B_rows, token_next, B_l, n, n_ok)
+        token_after = visited(path, t0 + 2 * T + step, end, length)
+        _, dt = _step_sizes(delta_tile, shift, token, SOFTPLUS)
+        _, _, _, h = _scan_tile(dt, dt * u_tile.to(tl.float32), b_tile.to(tl.float32), a2, h, T)
+        dt_sum += dt
+    at = ((image * num_spans + span_index) * num_paths + k) * border_n
+    tl.store(total + at + c, tl.sum(dt_sum, axis=0), mask=c_ok)
+    tl.store(change + at * N + n[:, None].to(tl.int64) * border_n + c[None, :], h, mask=nc_ok)
+
+
+@_jit
+def _span_backward_kernel(
+    delta, A, C, z, bias, paths, dy, change, total,
+    length, num_paths, groups, per_group, span, num_spans,
+    delta_b, delta_l, delta_k, z_b, z_l, z_k, dy_b, dy_l, dy_k, C_b, C_l, C_k, C_g, A_k, A_d, A_n,
+    bias_k, paths_k, border_n,
+    N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """The same of the gradient of the state, which runs from the last step to the first."""
+    image, span_index, k, group, block, c, c_ok = _locate(num_paths, groups, per_group, num_spans, False, BLOCK)
+    n = tl.arange(0, NP)
+    n_ok = n < N
+    nc_ok = n_ok[:, None] & c_ok[None, :]
+    step = tl.arange(0, T)
+    index = tl.arange(0, T)[:, None, None]
+    start = span_index * span
+    end = tl.minimum(start + span, length)
+    delta_l = tl.multiple_of(delta_l.to(tl.int64), ALIGN)
+    z_l = tl.multiple_of(z_l.to(tl.int64), ALIGN)
+    dy_l = tl.multiple_of(dy_l.to(tl.int64), ALIGN)
+    C_l = C_l.to(tl.int64)
+    delta_rows = delta + tl.multiple_of(image * delta_b + tl.cast(k, tl.int64) * delta_k, ALIGN)
+    dy_rows = dy + tl.multiple_of(image * dy_b + tl.cast(k, tl.int64) * dy_k, ALIGN)
+    if z is not None:
+        z_rows = z + tl.multiple_of(image * z_b + tl.cast(k, tl.int64) * z_k, ALIGN)
+    C_rows = C + image * C_b + tl.cast(k, tl.int64) * C_k + group.to(tl.int64) * C_g
+    path = paths + tl.cast(k, tl.int64) * paths_k
+    a_at = tl.cast(k, tl.int64) * A_k + c[None, :].to(tl.int64) * A_d + n[:, None].to(tl.int64) * A_n
+    a2 = tl.load(A + a_at, mask=nc_ok, other=0.0).to(tl.float32) * LOG2E
+    shift = tl.zeros([BLOCK], tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + tl.cast(k, tl.int64) * bias_k + c, mask=c_ok, other=0.0).to(tl.float32)
+    g = tl.zeros([NP, BLOCK], tl.float32)
+    dt_sum = tl.zeros([T, BLOCK], tl.float32)
+
+    num_tiles = tl.cdiv(end - start, T)
+    for i in range(num_tiles):
+        token = visited(path, start + (num_tiles - 1 - i) * T + step, end, length)
+        delta_tile = load_rows(delta_rows, token, delta_l, c, c_ok)
+        dout = load_rows(dy_rows, token, dy_l, c, c_ok).to(tl.float32)
+        c_tile = load_rows(C_rows, token, C_l, n, n_ok).to(tl.float32)
+        if z is not None:
+            zf = load_rows(z_rows, token, z_l, c, c_ok).to(tl.float32)
+            dout = dout * zf * sigmoid(zf)
+        _, dt = _step_sizes(delta_tile, shift, token, SOFTPLUS)
+        dt_sum += dt
+        decay = tl.exp2(dt[:, None, :] * a2[None, :, :])
+        direct = dout[:, None, :] * c_tile[:, :, None]
+        for s in tl.static_range(T - 1, -1, -1):
+            g = _step(decay, index, s) * (g + _step(direct, index, s))
+    at = ((image * num_spans + span_index) * num_paths + k) * border_n
+    tl.store(total + at + c, tl.sum(dt_sum, axis=0), mask=c_ok)
+    tl.store(change + at * N + n[:, None].to(tl.int64) * border_n + c[None, :], g, mask=nc_ok)
+
+
+@_jit
+def _link_spans_kernel(
+    A, initial, change, total, num_paths, groups, per_group, num_spans, A_k, A_d, A_n, h_b, h_k, h_n, border_n,
+    N: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Puts into ``change``, in place, the state with which each span starts."""
+    image, _, k, group, block, c, c_ok = _locate(num_paths, groups, per_group, 1, False, BLOCK)
+    n = tl.arange(0, NP)
+    nc_ok = (n < N)[:, None] & c_ok[None, :]
+    nc = n[:, None].to(tl.int64) * border_n + c[None, :]
+    a_at = tl.cast(k, tl.int64) * A_k + c[None, :].to(tl.int64) * A_d + n[:, None].to(tl.int64) * A_n
+    a2 = tl.load(A + a_at, mask=nc_ok, other=0.0).to(tl.float32) * LOG2E
+    h = tl.zeros([NP, BLOCK], tl.float32)
+    if initial is not None:
+        h_at = image * h_b + tl.cast(k, tl.int64) * h_k + n[:, None].to(tl.int64) * h_n + c[None, :]
+        h = tl.load(initial + h_at, mask=nc_ok, other=0.0).to(tl.float32)
+    for i in range(num_spans):
+        s = i
+        if REVERSE:
+            s = num_spans - 1 - i
+        at = ((image * num_spans + s) * num_paths + k) * border_n
+        x = tl.load(change + at * N + nc, mask=nc_ok, other=0.0)
+        dt = tl.load(total + at + c, mask=c_ok, other=0.0)
+        tl.store(change + at * N + nc, h, mask=nc_ok)
+        h = tl.exp2(dt[None, :] * a2) * h + x
+
+
+@_jit
+def _backward_kernel(
+    u, delta, A, B, C, D, z, bias, paths, states, dy, dlast,
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial,
+    batch, length, num_paths, groups, per_group, span, num_spans,
+    u_b, u_l, u_k, delta_b, delta_l, delta_k, z_b, z_l, z_k, dy_b, dy_l, dy_k, du_b, du_l, du_k, dz_b, dz_l, dz_k,
+    B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, A_k, A_d, A_n, D_k, bias_k, paths_k, h_b, h_s, h_k, h_n, border_n,
+    N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, LOOP_PATHS: tl.constexpr, WARPS: tl.constexpr,
+    ADD_DU: tl.constexpr, ADD_DZ: tl.constexpr,
+):  # fmt: skip
+    """Chunks of TILES tiles from the last to the first; a chunk's states are found again from its border.
+
+    The states before each tile of the chunk stay in registers; within a tile all of them do.
+    """
+    image, span_index, k0, group, block, c, c_ok = _locate(num_paths, groups, per_group, num_spans, LOOP_PATHS, BLOCK)
+    n = tl.arange(0, NP)
+    n_ok = n < N
+    nc_ok = n_ok[:, None] & c_ok[None, :]
+    step = tl.arange(0, T)
+    index = tl.arange(0, T)[:, None, None]
+    tile_index = tl.arange(0, TILES)[:, None, None]
+    CHUNK: tl.constexpr = T * TILES
+    dim = groups * per_group
+    num_chunks = tl.cdiv(length, CHUNK)
+    start = span_index * span
+    end = tl.minimum(start + span, length)
+    u_l = tl.multiple_of(u_l.to(tl.int64), ALIGN)
+    delta_l = tl.multiple_of(delta_l.to(tl.int64), ALIGN)
+    z_l = tl.multiple_of(z_l.to(tl.int64), ALIGN)
+    dy_l = tl.multiple_of(dy_l.to(tl.int64), ALIGN)
+    du_l = tl.multiple_of(du_l.to(tl.int64), ALIGN)
+    dz_l = tl.multiple_of(dz_l.to(tl.int64), ALIGN)
+    B_l = B_l.to(tl.int64)
+    C_l = C_l.to(tl.int64)
+    ddelta_l = dim.to(tl.int64) * num_paths
+    dB_l = num_paths.to(tl.int64) * groups * N
+
+    paths_here = 1
+    if LOOP_PATHS:
+        paths_here = num_paths
+    for k in range(k0, k0 + paths_here):
+        u_rows = u + tl.multiple_of(image * u_b + tl.cast(k, tl.int64) * u_k, ALIGN)
+        delta_rows = delta + tl.multiple_of(image * delta_b + tl.cast(k, tl.int64) * delta_k, ALIGN)
+        dy_rows = dy + tl.multiple_of(image * dy_b + tl.cast(k, tl.int64) * dy_k, ALIGN)
+        du_rows = du + tl.multiple_of(image * du_b + tl.cast(k, tl.int64) * du_k, ALIGN)
+        ddelta_rows = ddelta + image * length * ddelta_l + k * dim
+        if z is not None:
+            z_rows = z + tl.multiple_of(image * z_b + tl.cast(k, tl.int64) * z_k, ALIGN)
+            dz_rows = dz + tl.multiple_of(image * dz_b + tl.cast(k, tl.int64) * dz_k, ALIGN)
+        B_rows = B + image * B_b + tl.cast(k, tl.int64) * B_k + group.to(tl.int64) * B_g
+        C_rows = C + image * C_b + tl.cast(k, tl.int64) * C_k + group.to(tl.int64) * C_g
+        partial = (block.to(tl.int64) * batch + image) * length * dB_l + (k * groups + group) * N
+        path = paths + tl.cast(k, tl.int64) * paths_k
+
+        a_at = tl.cast(k, tl.int64) * A_k + c[None, :].to(tl.int64) * A_d + n[:, None].to(tl.int64) * A_n
+        a2 = tl.load(A + a_at, mask=nc_ok, other=0.0).to(tl.float32) * LOG2E
+        d = tl.zeros([BLOCK], tl.float32)
+        if D is not None:
+            d = tl.load(D + tl.cast(k, tl.int64) * D_k + c, mask=c_ok, other=0.0).to(tl.float32)
+        shift = tl.zeros([BLOCK], tl.float32)
+        if bias is not None:
+            shift = tl.load(bias + tl.cast(k, tl.int64) * bias_k + c, mask=c_ok, other=0.0).to(tl.float32)
+        g = tl.zeros([NP, BLOCK], tl.float32)
+        if dlast is not None:
+            h_at = image * h_b + span_index.to(tl.int64) * h_s + tl.cast(k, tl.int64) * h_k
+            h_at = h_at + n[:, None].to(tl.int64) * h_n + c[None, :]
+            g = tl.load(dlast + h_at, mask=nc_ok, other=0.0).to(tl.float32)
+        da = tl.zeros([NP, BLOCK], tl.float32)
+        dd = tl.zeros([T, BLOCK], tl.float32)
+        dshift = tl.zeros([T, BLOCK], tl.float32)
+
+        first_chunk = start // CHUNK
+        chunks_here = tl.cdiv(end - start, CHUNK)
+        for i in range(chunks_here):
+            chunk = first_chunk + chunks_here - 1 - i
+            t_chunk = chunk * CHUNK
+            tiles = tl.minimum(tl.cdiv(end - t_chunk, T), TILES)
+            t_last = t_chunk + (tiles - 1) * T
+            border = states + ((image * num_chunks + chunk) * num_paths + k) * N * border_n
+            h = tl.load(border + n[:, None].to(tl.int64) * border_n + c[None, :], mask=nc_ok, other=0.0)
+
+            # The first loads of both sweeps together, then one tile ahead in each.
+            last_token = visited(path, t_last + step, end, length)
+            token_next = visited(path, t_chunk + step, t_last, length)
+            delta_last = load_rows(delta_rows, last_token, delta_l, c, c_ok)
+            u_last = load_rows(u_rows, last_token, u_l, c, c_ok)
+            dy_next = load_rows(dy_rows, last_token, dy_l, c, c_ok)
+            b_last = load_rows(B_rows, last_token, B_l, n, n_ok)
+            c_next = load_rows(C_rows, last_token, C_l, n, n_ok)
+            if z is not None:
+                z_next = load_rows(z_rows, last_token, z_l, c, c_ok)
+            delta_next = load_rows(delta_rows, token_next, delta_l, c, c_ok)
+            u_next = load_rows(u_rows, token_next, u_l, c, c_ok)
+            b_next = load_rows(B_rows, token_next, B_l, n, n_ok)
+            token_after = visited(path, t_chunk + T + step, t_last, length)
+
+            borders = tl.broadcast_to(h[None, :, :], (TILES, NP, BLOCK))
+            for s in range(1, tiles):
+                token = token_next
+                delta_tile = delta_next
+                u_tile = u_next
+                b_tile = b_next
+                token_next = token_after
+                delta_next = load_rows(delta_rows, token_next, delta_l, c, c_ok)
+                u_next = load_rows(u_rows, token_next, u_l, c, c_ok)
+                b_next = load_rows(B_rows, token_next, B_l, n, n_ok)
+                token_after = visited(path, t_chunk + (s + 1) * T + step, t_last, length)
+                _, dt = _step_sizes(delta_tile, shift, token, SOFTPLUS)
+                _, _, _, h = _scan_tile(dt, dt * u_tile.to(tl.float32), b_tile.to(tl.float32), a2, h, T)
+                borders = tl.where(tile_index == s, h[None, :, :], borders)
+
+            token_next = last_token
+            delta_next = delta_last
+            u_next = u_last
+            b_next = b_last
+            token_after = visited(path, tl.where(tiles > 1, t_last - T, -T) + step, end, length)
+            for j in range(tiles):
+                s = tiles - 1 - j
+                token = token_next
+                delta_tile = delta_next
+                uf = u_next.to(tl.float32)
+                dout = dy_next.to(tl.float32)
+                bf = b_next.to(tl.float32)
+                cf = c_next.to(tl.float32)
+                if z is not None:
+                    zf = z_next.to(tl.float32)
+                token_next = token_after
+                delta_next = load_rows(delta_rows, token_next, delta_l, c, c_ok)
+                u_next = load_rows(u_rows, token_next, u_l, c, c_ok)
+                dy_next = load_rows(dy_rows, token_next, dy_l, c, c_ok)
+                b_next = load_rows(B_rows, token_next, B_l, n, n_ok)
+                c_next = load_rows(C_rows, token_next, C_l, n, n_ok)
+                if z is not None:
+                    z_next = load_rows(z_rows, token_next, z_l, c, c_ok)
+                token_after = visited(path, tl.where(s > 1, t_chunk + (s - 2) * T, -T) + step, end, length)
+                if ADD_DU:
+                    du_before = load_rows(du_rows, tl.where(k > 0, token, -1), du_l, c, c_ok)
+                if ADD_DZ:
+                    dz_before = load_rows(dz_rows, tl.where(k > 0, token, -1), dz_l, c, c_ok)
+
+                raw, dt = _step_sizes(delta_tile, shift, token, SOFTPLUS)
+                h = _step(borders, tile_index, s)
+                decay, before, after, _ = _scan_tile(dt, dt * uf, bf, a2, h, T)
+                if z is not None:
+                    out = _sum_states(after * cf[:, :, None], WARPS) + d[None, :] * uf
+                    sig = sigmoid(zf)
+                    gate = dout * out * sig * (1.0 + zf * (1.0 - sig))
+                    dout = dout * zf * sig
+                    if ADD_DZ:
+                        gate += dz_before
+                    store_rows(dz_rows, token, dz_l, c, c_ok, gate)
+                store_rows(dC + partial, token, dB_l, n, n_ok, _sum_channels(after * dout[:, None, :]))
+
+                grad = dout[:, None, :] * cf[:, :, None]
+                for r in tl.static_range(T - 1, -1, -1):
+                    here = _step(grad, index, r) + g
+                    grad = tl.where(index == r, here[None, :, :], grad)
+                    g = _step(decay, index, r) * here
+                store_rows(dB + partial, token, dB_l, n, n_ok, _sum_channels(grad * (dt * uf)[:, None, :]))
+                gb = _sum_states(grad * bf[:, :, None], WARPS)
+                power = grad * decay * before  # the gradient of delta * A
+                da += tl.sum(power * dt[:, None, :], axis=0)
+                ddt = _sum_states(power * a2[None, :, :], WARPS) * (1.0 / LOG2E) + gb * uf
+                if SOFTPLUS:
+                    ddt = ddt * sigmoid(raw)
+                # Through steps that do not exist g passes on, so ddt is not zero there.
+                dshift += tl.where((token >= 0)[:, None], ddt, 0.0)
+                dd += dout * uf
+                grad_u = dt * gb + d[None, :] * dout
+                if ADD_DU:
+                    grad_u += du_before
+                store_rows(du_rows, token, du_l, c, c_ok, grad_u)
+                store_rows(ddelta_rows, token, ddelta_l, c, c_ok, ddt)
+
+        at = ((image * num_spans + span_index) * num_paths + k) * border_n
+        tl.store(dA + at * N + n[:, None].to(tl.int64) * border_n + c[None, :], da, mask=nc_ok)
+        if D is not None:
+            tl.store(dD + at + c, tl.sum(dd, axis=0), mask=c_ok)
+        if bias is not None:
+            tl.store(dbias + at + c, tl.sum(dshift, axis=0), mask=c_ok)
+        if dinitial is not None:
+            state_at = (image * num_paths + k) * N * dim + c[None, :].to(tl.int64) * N + n[:, None]
+            if span_index == 0:
+                tl.store(dinitial + state_at, g, mask=nc_ok)
+        if LOOP_PATHS:
+            tl.debug_barrier()  # the next path reads rows that other threads of the program wrote
+
+
+class _Config(NamedTuple):
+    states: int  # N rounded up to a power of two
+    steps: int  # a tile
+    warps: int  # they share out the states
+    tiles: int = 1  # a chunk: the backward pass holds the states before each of them in registers
+    resident: int = 12  # warps a multiprocessor that hide most of the latency
+
+
+BLOCK = 32  # channels a program, one a lane: a row of them is one coalesced access
+_SPAN_STEPS = 64  # shorter spans cost more in launches than they gain
+
+
+def _forward_config(num_states: int) -> _Config:
+    """A thread holds up to 16 states of a channel, and 64 numbers of a tile."""
+    states = triton.next_power_of_2(num_states)
+    warps = min(max(states // 16, 1), 8)
+    return _Config(states, min(max(64 * warps // states, 4), 16), warps)
+
+
+def _backward_config(num_states: int) -> _Config:
+    """Half of it: the tile is there three times, as decay, state and gradient."""
+    states = triton.next_power_of_2(num_states)
+    warps = min(max(states // 8, 1), 8)
+    steps = min(32 * warps // states, 8)
+    return _Config(states, steps, warps, tiles=8 if steps == 4 else 4, resident=8)
+
+
+def _chunk(num_states: int) -> int:
+    config = _backward_config(num_states)
+    return config.steps * config.tiles
+
+
+def states_shape(batch: int, length: int, num_paths: int, dim: int, num_states: int) -> tuple[int, ...]:
+    """Shape of the saved border states: (batch, chunks, K, N, D)."""
+    return batch, triton.cdiv(length, _chunk(num_states)), num_paths, num_states, dim
+
+
+def _wanted_programs(device: torch.device, config: _Config) -> int:
+    """How many programs fill the device."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count * config.resident // config.warps
+
+
+class _Plan(NamedTuple):
+    loop_paths: bool  # a program walks all paths, and sums over them where that is asked for
+    span: int
+    num_spans: int
+    programs: int
+
+
+def _plan(batch, length, num_paths, blocks, num_states, device, config, sum_over_paths) -> _Plan:
+    """By shape and device alone, so that equal calls give equal bits."""
+    wanted = _wanted_programs(device, config)
+    programs = batch * blocks
+    if sum_over_paths and programs >= wanted:
+        return _Plan(True, length, 1, programs)
+    programs *= num_paths
+    chunk = _chunk(num_states)
+    # Linking them takes time too, one span after the other.
+    spans = min(wanted // max(programs, 1), length // _SPAN_STEPS, math.isqrt(length))
+    if spans < 3:  # each span is walked twice
+        return _Plan(False, length, 1, programs)
+    span = triton.cdiv(triton.cdiv(length, spans), chunk) * chunk
+    num_spans = triton.cdiv(length, span)
+    return _Plan(False, span, num_spans, programs * num_spans)
+
+
+class _Arguments(NamedTuple):
+    tensors: dict
+    sizes: dict
+    strides: dict
+    align: int
+    blocks: int
+
+
+def _names(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
+    if tensor is None:
+        return {f"{name}_{axis}": 0 for axis in axes}
+    # A path axis of size 1 is read by every path.
+    strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return {f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
+
+
+def _arguments(u, delta, A, B, C, D, z, delta_bias, paths) -> _Arguments:
+    check_dtypes(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    _, length, num_paths, dim = delta.shape
+    groups = B.shape[3]
+    u, delta, B, C = dense(u), dense(delta), dense(B), dense(C)
+    z, D, delta_bias = (None if t is None else dense(t) for t in (z, D, delta_bias))
+    paths = dense(paths)
+    tensors = {
+        "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "bias": delta_bias, "paths": paths,
+    }  # fmt: skip
+    rows = _names("u", u, "blk") | _names("delta", delta, "blk") | _names("z", z, "blk")
+    strides = rows | _names("B", B, "blkg") | _names("C", C, "blkg") | _names("A", A, "kdn")
+    strides |= _names("D", D, "k") | _names("bias", delta_bias, "k") | _names("paths", paths, "k")
+    sizes = {
+        "length": length, "num_paths": num_paths, "groups": groups, "per_group": dim // groups, "border_n": dim,
+    }  # fmt: skip
+    blocks = groups * triton.cdiv(dim // groups, BLOCK)
+    return _Arguments(tensors, sizes, strides, alignment(dim, *rows.values()), blocks)
+
+
+def _launch(kernel, programs: int, arguments: dict, config: _Config) -> None:
+    wanted = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+    kernel[(programs,)](**wanted, num_warps=config.warps, **OPTIONS)
+
+
+def _state_rows(state: Tensor | None) -> Tensor | None:
+    """(batch, K, D, N) as (batch, 1, K, N, D): dense in the channels, as the kernels read it."""
+    return None if state is None else state.transpose(2, 3).contiguous().unsqueeze(1)
+
+
+def _link(plan: _Plan, kernel, given: dict, state: Tensor | None, x: _Arguments, config: _Config, reverse: bool):
+    """The state at the start of every span (the gradient at its end if ``reverse``), (batch, spans, K, N, D)."""
+    batch, _, num_paths, dim = x.tensors["delta"].shape
+    shape = batch, plan.num_spans, num_paths
+    change = x.tensors["u"].new_empty(*shape, given["N"], dim, dtype=torch.float32)
+    total = x.tensors["u"].new_empty(*shape, dim, dtype=torch.float32)
+    given = given | {"change": change, "total": total}
+    _launch(kernel, plan.programs, given, config)
+    given |= dict(initial=state, REVERSE=reverse, **_names("h", state, "bskn"))
+    _launch(_link_spans_kernel, plan.programs // plan.num_spans, given, config)
+    return change
+
+
+def selective_scan_forward(
+    u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y, the last state (batch, K, D, N), and the border states (empty unless asked for)."""
+    x = _arguments(u, delta, A, B, C, D, z, delta_bias, paths)
+    check_dtypes(initial_state=initial_state)
+    batch, length, num_paths, dim = delta.shape
+    num_states = A.shape[-1]
+    config = _forward_config(num_states)
+    plan = _plan(
+        batch, length, num_paths, x.blocks, num_states, u.device, config, merge and num_paths > 1
+    )  # fmt: skip
+    initial = _state_rows(initial_state)
+    last_state = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
+    shape = states_shape(batch, length, num_paths, dim, num_states) if save_states else (0, 0, 0, 0, 0)
+    states = u.new_empty(shape, dtype=torch.float32)
+    # What is summed over the paths is kept in float32 until the sum is complete.
+    summed = merge and num_paths > 1
+    y = u.new_empty(
+        batch, length, 1 if plan.loop_paths or num_paths == 1 else num_paths, dim,
+        dtype=torch.float32 if summed else u.dtype,
+    )  # fmt: skip
+    given = dict(
+        **x.tensors, **x.sizes, **x.strides, **_names("y", y, "blk"), **_names("h", initial, "bskn"),
+        initial=initial, y=y, last_state=last_state, states=states if save_states else None,
+        span=plan.span, num_spans=plan.num_spans, N=num_states, NP=config.states, T=config.steps, BLOCK=BLOCK,
+        CHUNK=_chunk(num_states), ALIGN=x.align, SOFTPLUS=delta_softplus, LOOP_PATHS=plan.loop_paths,
+        WARPS=config.warps,
+    )  # fmt: skip
+    if plan.programs > 0:
+        with on_device(u):
+            if plan.num_spans > 1:
+                initial = _link(plan, _span_forward_kernel, given, initial, x, config, reverse=False)
+                given |= dict(initial=initial, **_names("h", initial, "bskn"))
+            _launch(_forward_kernel, plan.programs, given, config)
+    if merge:
+        y = (y.squeeze(2) if y.shape[2] == 1 else y.sum(2)).to(u.dtype)
+    return y, last_state, states
+
+
+def selective_scan_backward(
+    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge
+) -> tuple[Tensor | None, ...]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None where there is no input."""
+    x = _arguments(u, delta, A, B, C, D, z, delta_bias, paths)
+    check_dtypes(dy=dy, initial_state=initial_state, dlast_state=dlast_state)
+    batch, length, num_paths, dim = delta.shape
+    num_states, groups = A.shape[-1], B.shape[3]
+    config = _backward_config(num_states)
+    u_shared = u.shape[2] < num_paths
+    z_shared = z is not None and z.shape[2] < num_paths
+    plan = _plan(
+        batch, length, num_paths, x.blocks, num_states, u.device, config, u_shared or z_shared
+    )  # fmt: skip
+    dy = dense(dy.unsqueeze(2) if merge else dy)
+    dlast = _state_rows(dlast_state)
+
+    def token_grad(tensor: Tensor, shared: bool) -> tuple[Tensor, bool]:
+        """Where the kernel writes a gradient of (batch, L, 1 or K, D), and whether it sums over the paths."""
+        if not shared:
+            return torch.empty_like(tensor, memory_format=torch.contiguous_format), False
+        paths_written = 1 if plan.loop_paths else num_paths
+        return u.new_empty(batch, length, paths_written, dim, dtype=torch.float32), plan.loop_paths
+
+    def parameter_grad(*shape: int) -> Tensor:
+        return u.new_empty(batch, plan.num_spans, *shape, dtype=torch.float32)
+
+    du, add_du = token_grad(u, u_shared)
+    dz, add_dz = (None, False) if z is None else token_grad(z, z_shared)
+    ddelta = torch.empty_like(delta, memory_format=torch.contiguous_format)
+    # One sum a program, added up afterwards in a fixed order: equal bits every time, which atomics would not give.
+    dA = parameter_grad(num_paths, num_states, dim)
+    dD = None if D is None else parameter_grad(num_paths, dim)
+    dbias = None if delta_bias is None else parameter_grad(num_paths, dim)
+    dB = u.new_empty(x.blocks // groups, batch, length, num_paths, groups, num_states, dtype=torch.float32)
+    dC = torch.empty_like(dB)
+    dinitial = None
+    if initial_state is not None:
+        dinitial = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
+    given = dict(
+        **x.tensors, **x.sizes, **x.strides, **_names("dy", dy, "blk"), **_names("du", du, "blk"),
+        **_names("dz", dz, "blk"), **_names("h", dlast, "bskn"), batch=batch, states=states, dy=dy, dlast=dlast,
+        du=du, ddelta=ddelta, dA=dA, dB=dB, dC=dC, dD=dD, dz=dz, dbias=dbias, dinitial=dinitial,
+        span=plan.span, num_spans=plan.num_spans, N=num_states, NP=config.states, T=config.steps, BLOCK=BLOCK,
+        TILES=config.tiles, WARPS=config.warps, ALIGN=alignment(x.align, *dy.stride()[:-1]), SOFTPLUS=delta_softplus,
+        LOOP_PATHS=plan.loop_paths, ADD_DU=add_du, ADD_DZ=add_dz,
+    )  # fmt: skip
+    if plan.programs > 0:
+        with on_device(u):
+            if plan.num_spans > 1:
+                dlast = _link(plan, _span_backward_kernel, given, dlast, x, config, reverse=True)
+                given |= dict(dlast=dlast, **_names("h", dlast, "bskn"))
+            _launch(_backward_kernel, plan.programs, given, config)
+
+    def summed(grad: Tensor, like: Tensor) -> Tensor:
+        return (grad.sum(2, keepdim=True) if grad.shape[2] > like.shape[2] else grad).to(like.dtype)
+
+    def first_axis(grad: Tensor) -> Tensor:
+        return grad[0] if grad.shape[0] == 1 else grad.sum(0)
+
+    return (
+        summed(du, u),
+        ddelta,
+        dA.sum((0, 1)).transpose(1, 2).contiguous().to(A.dtype),
+        first_axis(dB).to(B.dtype),
+        first_axis(dC).to(C.dtype),
+        dD.sum((0, 1)).to(D.dtype) if dD is not None else None,
+        summed(dz, z) if dz is not None else None,
+        dbias.sum((0, 1)).to(delta_bias.dtype) if dbias is not None else None,
+        dinitial.to(initial_state.dtype) if dinitial is not None else None,
+    )
