@@ -49,6 +49,14 @@ def compare(functions: dict, runs: int, once: str = "") -> dict[str, float]:
     return {name: round(1e3 * statistics.median(values), 1) for name, values in times.items()}
 
 
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def step(model: torch.nn.Module, x: torch.Tensor) -> None:
     model.zero_grad()
     model(x).square().sum().backward()
@@ -97,7 +105,7 @@ def main() -> None:
         add("forward + backward", batch, error, training)
 
     result = {
-        "device": platform.processor() or platform.machine(),
+        "device": processor(),
         "threads": args.threads,
         "torch": torch.__version__,
         "timm": timm.__version__,
