@@ -188,12 +188,27 @@ def test_backward_twice_gives_equal_bits():
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def detached(argument):
+    return argument.detach() if isinstance(argument, torch.Tensor) else argument
+
+
 def test_opcheck():
     inputs, table = make_inputs(2, 5, 2, 4, 3, 1, torch.float32)
     leaves = {k: v.requires_grad_() for k, v in inputs.items()}
     initial = leaves.pop("initial_state")
     arguments = (*leaves.values(), table.int(), initial, True, True, True, "cpu")
     torch.library.opcheck(torch.ops.vision_mamba.selective_scan, arguments)
+    y, last_state, states = torch.ops.vision_mamba.selective_scan(*(detached(a) for a in arguments))
+    backward = (
+        torch.ones_like(y),
+        torch.ones_like(last_state),
+        states,
+        *map(detached, arguments[:10]),
+        True,
+        True,
+        "cpu",
+    )
+    torch.library.opcheck(torch.ops.vision_mamba.selective_scan_backward, backward)
 
 
 def test_compiles_without_graph_break():

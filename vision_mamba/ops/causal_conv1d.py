@@ -82,7 +82,8 @@ def _(x, weight, bias, paths, silu, backend):
 )
 def _conv_backward(dy, x, weight, bias, paths, silu, backend):
     grads = load_backend(backend).causal_conv1d_backward(dy, x, weight, bias, paths, silu)
-    return [grad for grad in grads if grad is not None]
+    # Dense, as the fake kernel says: compiled code relies on the strides.
+    return [grad.contiguous() for grad in grads if grad is not None]
 
 
 @_conv_backward.register_fake

@@ -206,7 +206,8 @@ def _scan_backward(
     grads = load_backend(backend).selective_scan_backward(
         dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge
     )
-    return [grad for grad in grads if grad is not None]
+    # Dense, as the fake kernel says: compiled code relies on the strides.
+    return [grad.contiguous() for grad in grads if grad is not None]
 
 
 @_scan_backward.register_fake
