@@ -13,13 +13,27 @@ from .runtime import KERNEL, check_paths, flat, run_tasks, sigmoid
 def _convolve(row, x, xs, image, k, t, weight, bias, paths):
     """row[d] = bias[d] + sum_w weight[w, d] * x[token (t - width + 1 + w) of the path, d]."""
     width, dim = weight.shape[1], weight.shape[2]
-    zero = weight.dtype.type(0)
-    for i in range(dim):
-        row[i] = bias[k, i] if bias.size else zero
-    for w in range(max(0, width - 1 - t), width):
+    oldest = max(0, width - 1 - t)
+    at = image * xs[0] + paths[k, t] * xs[1]
+    x_row, w_row = x[at : at + dim], weight[k, width - 1]
+    if bias.size:
+        bias_row = bias[k]
+        for i in range(dim):
+            row[i] = bias_row[i] + w_row[i] * x_row[i]
+    else:
+        for i in range(dim):
+            row[i] = w_row[i] * x_row[i]
+    # Two taps a pass over the row, and the odd one.
+    for w in range(width - 2, oldest, -2):
         at = image * xs[0] + paths[k, t - width + 1 + w] * xs[1]
-        x_row = x[at : at + dim]
-        w_row = weight[k, w]
+        x_row, w_row = x[at : at + dim], weight[k, w]
+        at = image * xs[0] + paths[k, t - width + w] * xs[1]
+        x_older, w_older = x[at : at + dim], weight[k, w - 1]
+        for i in range(dim):
+            row[i] += w_row[i] * x_row[i] + w_older[i] * x_older[i]
+    if (width - 1 - oldest) % 2:
+        at = image * xs[0] + paths[k, t - width + 1 + oldest] * xs[1]
+        x_row, w_row = x[at : at + dim], weight[k, oldest]
         for i in range(dim):
             row[i] += w_row[i] * x_row[i]
 
