@@ -136,7 +136,7 @@ class VisionMamba(nn.Module):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.cls_position = cls_position
-        self.num_cls_tokens = {"none": 0, "double": 2}.get(cls_position, 1)
+        self.num_cls_tokens = len(self._cls_names())
         self._set_global_pool(global_pool)
         self.grad_checkpointing = False
         # Two rows only where something scans backwards.
@@ -184,9 +184,8 @@ class VisionMamba(nn.Module):
         self.init_weights(depth)
 
     def _cls_names(self) -> tuple[str, ...]:
-        return ("cls_token_head", "cls_token_tail")[: self.num_cls_tokens] if self.num_cls_tokens == 2 else (
-            "cls_token",
-        )[: self.num_cls_tokens]  # fmt: skip
+        names = {"none": (), "double": ("cls_token_head", "cls_token_tail")}
+        return names.get(self.cls_position, ("cls_token",))
 
     def _set_global_pool(self, global_pool: str) -> None:
         _check_choice("global_pool", global_pool, ("token", "avg", "max", "last", ""))
