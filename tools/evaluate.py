@@ -1,6 +1,6 @@
 """Measures a trained classifier: top-1, top-5, loss, a table per class, a confusion matrix, images per second.
 
-python tools/evaluate.py output/builtin/best.pth
+python tools/evaluate.py output/quickstart/best.pth
 python tools/evaluate.py vim_t.pth --model vim_tiny_patch16_224 --data path/to/imagenet --amp bf16
 """
 
@@ -10,23 +10,17 @@ import argparse
 from pathlib import Path
 
 from vision_mamba.data import create_loader
-from vision_mamba.engine.evaluate import choose_device, evaluate, load_trained, write_report
+from vision_mamba.engine.evaluate import add_model_arguments, choose_device, evaluate, load_trained, write_report
 from vision_mamba.errors import UserError, run_main
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint of tools/train.py, or published weights (with --model)")
+    add_model_arguments(parser, batch_size=64)
     parser.add_argument("--data", help="image set: folder, .tar, shards, hfds:NAME, builtin (default: as in training)")
     parser.add_argument("--split", default="val", help="split of the image set (default: %(default)s)")
     parser.add_argument("--val-fraction", type=float, help="part held out by training, where the set has no splits")
-    parser.add_argument("--model", help="timm model name, where the checkpoint does not say it")
-    parser.add_argument("--img-size", type=int, nargs="+", help="another image size: side, or height and width")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a batch (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="autocast type")
-    parser.add_argument("--no-ema", action="store_true", help="take the raw weights where averaged ones exist")
     parser.add_argument("--out", type=Path, help="folder for the results (default: evaluation/ beside the checkpoint)")
     args = parser.parse_args(argv)
     if args.batch_size < 1 or args.workers < 0:

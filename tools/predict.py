@@ -1,6 +1,6 @@
 """Names what is in images: a table in the terminal, predictions.json, predictions.csv and a contact sheet.
 
-    python tools/predict.py output/builtin/best.pth photos/ more/*.jpg
+    python tools/predict.py output/quickstart/best.pth photos/ more/*.jpg
     python tools/predict.py vim_t.pth --model vim_tiny_patch16_224 cat.jpg --topk 3
 
 A file that cannot be read is reported and skipped. The exit status is 2 only where none could be read.
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from vision_mamba.data import decode_image, is_image_name
-from vision_mamba.engine.evaluate import choose_device, load_trained
+from vision_mamba.engine.evaluate import add_model_arguments, choose_device, load_trained
 from vision_mamba.engine.plots import plot_contact_sheet, replacing
 from vision_mamba.errors import UserError, run_main
 
@@ -28,15 +28,9 @@ _SHEET = 60  # images on the contact sheet
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint of tools/train.py, or published weights (with --model)")
+    add_model_arguments(parser, batch_size=16)
     parser.add_argument("images", nargs="+", help="image files, folders (searched through) or globs")
     parser.add_argument("--topk", type=int, default=5, help="classes an image (default: %(default)s)")
-    parser.add_argument("--model", help="timm model name, where the checkpoint does not say it")
-    parser.add_argument("--img-size", type=int, nargs="+", help="another image size: side, or height and width")
-    parser.add_argument("--batch-size", type=int, default=16, help="images a batch (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="autocast type")
-    parser.add_argument("--no-ema", action="store_true", help="take the raw weights where averaged ones exist")
     parser.add_argument("--out", type=Path, help="folder for the results (default: predictions/ beside the checkpoint)")
     args = parser.parse_args(argv)
     if args.topk < 1 or args.batch_size < 1:

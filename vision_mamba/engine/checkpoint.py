@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import timm
 import torch
 
+from vision_mamba import checkpoint
 from vision_mamba.errors import UserError
 
 FORMAT = "vision_mamba/1"
@@ -42,14 +43,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file is missing, damaged, or of another format.
     """
-    if not path.is_file():
-        raise UserError(f"checkpoint not found: {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises half a dozen types for damaged files
-        reason = str(e).strip().splitlines()
-        raise UserError(f"checkpoint {path} cannot be read: {reason[0] if reason else type(e).__name__}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        state = checkpoint.read_checkpoint(path)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint not found: {path}") from None
+    except ValueError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error}") from None
+    if state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of tools/train.py; use model.checkpoint to start from its weights")
     return state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -18,11 +19,11 @@ from torch import nn
 
 from vision_mamba.checkpoint import find_state_dict, load_checkpoint, read_checkpoint
 from vision_mamba.data import ImageSet, build_transform, check_head, open_dataset
+from vision_mamba.engine.checkpoint import FORMAT
 from vision_mamba.engine.plots import plot_confusion, replacing
 from vision_mamba.errors import UserError, nearest
 
-_FORMAT = "vision_mamba/1"
-_AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()
@@ -211,7 +212,7 @@ def load_trained(
 
     path = Path(path)
     saved = _read(path)
-    ours = saved.get("format") == _FORMAT
+    ours = saved.get("format") == FORMAT
     averaged = ours and use_ema and saved.get("state_dict_ema") is not None
     if ours:
         if name not in (None, saved["arch"]):
@@ -262,6 +263,17 @@ def load_trained(
     )
 
 
+def add_model_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """What every tool that opens a checkpoint asks for: see ``load_trained`` and ``choose_device``."""
+    parser.add_argument("checkpoint", help="a checkpoint of tools/train.py, or published weights (with --model)")
+    parser.add_argument("--model", help="timm model name, where the checkpoint does not say it")
+    parser.add_argument("--img-size", type=int, nargs="+", help="another image size: side, or height and width")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="images a batch (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="none", help="autocast type")
+    parser.add_argument("--no-ema", action="store_true", help="take the raw weights where averaged ones exist")
+
+
 def choose_device(name: str, amp: str = "none") -> tuple[torch.device, torch.dtype | None]:
     """The device and the autocast type for ``auto``, ``cpu`` or ``cuda`` and ``none``, ``bf16`` or ``fp16``.
 
@@ -274,7 +286,7 @@ def choose_device(name: str, amp: str = "none") -> tuple[torch.device, torch.dty
         raise UserError("no CUDA GPU is available; use --device cpu, or install a CUDA build of torch")
     if name == "cpu" and amp == "fp16":
         raise UserError("fp16 needs a GPU; use --amp bf16 or --amp none on the CPU")
-    return torch.device(name), _AMP[amp]
+    return torch.device(name), AMP_DTYPES[amp]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -285,7 +297,7 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(str(error)) from None
     missing = [k for k in ("arch", "model_args", "classes", "data_config", "state_dict") if k not in saved]
-    if saved.get("format") == _FORMAT and missing:
+    if saved.get("format") == FORMAT and missing:
         raise UserError(f"checkpoint {path} lacks {', '.join(missing)}; save it again with tools/train.py")
     return saved
 

@@ -31,7 +31,7 @@ from vision_mamba.engine.distributed import (
     start_processes,
     stop_processes,
 )
-from vision_mamba.engine.evaluate import evaluate
+from vision_mamba.engine.evaluate import AMP_DTYPES, evaluate
 from vision_mamba.engine.logs import EpochLog, Progress
 from vision_mamba.engine.plots import plot_confusion, plot_curves
 from vision_mamba.errors import UserError
@@ -87,7 +87,7 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
     updates_per_epoch = -(-batches // accumulate)
     optimizer = build.build_optimizer(config, model, config.data.batch_size * accumulate * world_size)
     scheduler, epochs = build.build_schedule(config, optimizer, updates_per_epoch)
-    amp_dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.amp]
+    amp_dtype = AMP_DTYPES[config.train.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     ema = None
     if config.train.ema_decay:

@@ -286,7 +286,7 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias, paths):
 
     def tokens(tensor: Tensor | None):
         if tensor is None:
-            return empty[0:0].ravel(), (0, 0, 0)
+            return empty.ravel(), (0, 0, 0)
         array, strides = flat(tensor.to(dtype))
         # A path axis of size 1 is read by every path.
         return array, tuple(0 if axis == 1 else step for axis, step in zip(tensor.shape, strides, strict=True))[:-1]
