@@ -158,7 +158,7 @@ def _openmp() -> ctypes.CDLL | None:
     """The OpenMP runtime (GNU's) that torch has loaded, or None.
 
     torch's idle workers spin for milliseconds after each operation. Threads of our own would share the cores with
-    them (Vim-Ti took 1.4 times as long on two cores), so the kernels run on those very workers.
+    them (Vim-Ti took a third longer on two cores), so the kernels run on those very workers.
     """
     try:
         with open("/proc/self/maps") as maps:
