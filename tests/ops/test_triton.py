@@ -1,8 +1,6 @@
 """The Triton kernels against the definitions in float64.
 
-Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported:
-``test_in_the_interpreter`` runs this file again in such a process. To run that by hand:
-``TRITON_INTERPRET=1 python -m pytest tests/ops/test_triton.py``.
+Without a GPU they run in Triton's interpreter (``backends.py``).
 """
 
 from __future__ import annotations
@@ -15,25 +13,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from tests.ops.backends import CUDA, DEVICE, INTERPRETED, TOLERANCE, kernels, needs_gpu
 from vision_mamba.ops.causal_conv1d import causal_conv1d
 from vision_mamba.ops.selective_scan import selective_scan
 
-pytest.importorskip("triton")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available() and not INTERPRETED
-DEVICE = "cuda" if CUDA else "cpu"
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
-
-kernels = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1 in the environment")
 gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 
 
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run in this process")
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests of the kernels run in this process")
 def test_in_the_interpreter():
+    """All tests of this folder with "triton" in the name of the file, test or parameter."""
+    pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-x", "-k", "triton", "-p", "no:cacheprovider", os.path.dirname(__file__)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -233,6 +225,33 @@ def check_convolution(length, dim, paths, width, silu, dtype) -> None:
         grads = torch.autograd.grad(y, list(tensors.values()), dy)
         found[backend] = {"y": y.detach()} | {f"d{n}": g for n, g in zip(tensors, grads, strict=True)}
     assert_near(found["triton"], found["reference"], TOLERANCE[dtype])
+
+
+@kernels
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("change", [{"warps": 1, "steps": 2, "tiles": 8}, {"warps": 4, "steps": 8}], ids=str)
+@pytest.mark.parametrize("programs", [0, 100])
+def test_other_launch_configurations_give_the_same(direction, change, programs, monkeypatch):
+    """What ``benchmarks/scan.py --tune`` tries."""
+    from vision_mamba.ops.triton import selective_scan as module
+
+    config = getattr(module, f"_{direction}_config")(4)._replace(**change)
+    monkeypatch.setattr(module, f"_{direction}_config", lambda num_states: config)
+    check_scan(Case(19, num_states=4, merge="sum", programs=programs), monkeypatch)
+
+
+def test_chunks_are_whole_tiles_of_the_forward_pass():
+    module = pytest.importorskip("vision_mamba.ops.triton.selective_scan")
+    for num_states in range(1, module.MAX_STATES + 1):
+        assert module._chunk(num_states) % module._forward_config(num_states).steps == 0, num_states
+
+
+@kernels
+def test_too_many_states_name_the_remedy():
+    x = torch.zeros(1, 2, 4, device=DEVICE)
+    wide = torch.zeros(1, 2, 257, device=DEVICE)
+    with pytest.raises(RuntimeError, match="up to 256 states.*A has 257.*backend='reference'"):
+        selective_scan(x, x, -torch.ones(4, 257, device=DEVICE), wide, wide, backend="triton")
 
 
 @kernels

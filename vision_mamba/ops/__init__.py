@@ -1,6 +1,7 @@
 """The shared operators. Knows torch, numba and triton; nothing of images or models."""
 
+from .add_norm import add_norm
 from .causal_conv1d import causal_conv1d
 from .selective_scan import selective_scan
 
-__all__ = ["causal_conv1d", "selective_scan"]
+__all__ = ["add_norm", "causal_conv1d", "selective_scan"]

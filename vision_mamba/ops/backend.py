@@ -12,6 +12,7 @@ import torch
 BACKENDS = ("triton", "cpu", "reference")
 _FROM_ENVIRONMENT = os.environ.get("VISION_MAMBA_BACKEND")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile does not trace the question
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:
@@ -34,7 +35,7 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
             raise RuntimeError(
                 "backend 'triton' got tensors on the CPU; use backend 'cpu', or set TRITON_INTERPRET=1 to debug kernels"
             )
-        if importlib.util.find_spec("triton") is None:
+        if not _HAS_TRITON:
             raise RuntimeError(f"no triton installed for {device}; install triton or choose backend='reference'")
     return name
 

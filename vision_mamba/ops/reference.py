@@ -25,6 +25,7 @@ def selective_scan(
     merge: str = "none",
     initial_state: Tensor | None = None,
     return_last_state: bool = False,
+    chunk: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Same arguments and result as :func:`vision_mamba.ops.selective_scan`.
 
@@ -34,7 +35,8 @@ def selective_scan(
         h_t = exp(delta_t * A) * h_(t-1) + delta_t * B_t * u_t
         y_t = <C_t, h_t> + D * u_t,    then    y_t * silu(z_t)
 
-    Computes in float64 for float64 inputs and in float32 otherwise.
+    Computes in float64 for float64 inputs and in float32 otherwise. With ``chunk``, pieces of so many steps run side
+    by side and are then linked: the same numbers up to rounding, in time for a long sequence.
     """
     batch, length, dim = u.shape[0], u.shape[1], u.shape[-1]
     has_paths_axis = delta.ndim == 4 or (paths is not None and paths.ndim == 2)
@@ -81,12 +83,10 @@ def selective_scan(
         if initial_state is None
         else initial_state.to(dtype).reshape(batch, num_paths, dim, num_states)
     )
-    outputs = []
-    for t in range(length):
-        step = delta[:, t].unsqueeze(-1)
-        state = torch.exp(step * A) * state + step * B[:, t] * u[:, t].unsqueeze(-1)
-        outputs.append((state * C[:, t]).sum(-1))
-    y = torch.stack(outputs, dim=1)
+    step = delta.unsqueeze(-1)
+    states = _states(torch.exp(step * A), step * B * u.unsqueeze(-1), state, chunk)
+    y = (states * C).sum(-1)
+    state = states[:, -1]
     if D is not None:
         y = y + parameter(D, 2) * u
     y = visit_back(y, paths)
@@ -101,6 +101,26 @@ def selective_scan(
     if not return_last_state:
         return y
     return y, state if has_paths_axis else state.squeeze(1)
+
+
+def _states(decay: Tensor, x: Tensor, state: Tensor, chunk: int | None = None) -> Tensor:
+    """``h_t = decay_t * h_(t-1) + x_t`` along axis 1 of (batch, L, ...), from ``state`` (batch, ...)."""
+    if chunk is None:
+        states = []
+        for decay_t, x_t in zip(decay.unbind(1), x.unbind(1), strict=True):  # indexing is slow in the backward pass
+            state = decay_t * state + x_t
+            states.append(state)
+        return torch.stack(states, dim=1)
+    batch, length = x.shape[:2]
+    pad = [0, 0] * (x.ndim - 2) + [0, -length % chunk]
+    decay, x = F.pad(decay, pad, value=1.0), F.pad(x, pad)
+    decay, x = (t.reshape(-1, chunk, *t.shape[2:]) for t in (decay, x))
+    zero = torch.zeros_like(x[:, 0])
+    own = _states(decay, x, zero)  # what the steps of the chunk put in
+    kept = _states(decay, torch.zeros_like(x), zero + 1)  # what they leave of the state before the chunk
+    ends = _states(kept[:, -1].unflatten(0, (batch, -1)), own[:, -1].unflatten(0, (batch, -1)), state)
+    before = torch.cat([state.unsqueeze(1), ends[:, :-1]], dim=1).flatten(0, 1)
+    return (own + kept * before.unsqueeze(1)).unflatten(0, (batch, -1)).flatten(1, 2)[:, :length]
 
 
 def visit_back(y: Tensor, paths: Tensor) -> Tensor:
@@ -138,3 +158,23 @@ def causal_conv1d(
         y = F.silu(y)
     y = visit_back(y.transpose(1, 2), paths).to(x.dtype)
     return y if has_paths_axis else y.squeeze(2)
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "rms",
+    eps: float = 1e-5,
+    residual_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and result as :func:`vision_mamba.ops.add_norm`."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    total = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
+    centred = total - total.mean(-1, keepdim=True) if norm == "layer" else total
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
+    if bias is not None:
+        normed = normed + bias.to(dtype)
+    return normed.to(x.dtype), total.to(residual_dtype)

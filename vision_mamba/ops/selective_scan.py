@@ -109,6 +109,8 @@ def _canonical(u, delta, A, B, C, D, z, delta_bias, paths, initial_state):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with u {tuple(u.shape)} expected {allowed}")
         if tensor.device != u.device:
             raise ValueError(f"{name} is on {tensor.device}, u on {u.device}")
+        if not tensor.is_floating_point():  # a complex A would lose its imaginary part without a word
+            raise ValueError(f"{name} is {tensor.dtype}; expected a real floating-point tensor")
 
     shared, per_path = (batch, length, dim), (batch, length, num_paths, dim)
     fit("u", u, shared, per_path)

@@ -1,9 +1,12 @@
 """Triton backend: kernels compiled at first use, for any device that Triton knows."""
 
+from .add_norm import add_norm_backward, add_norm_forward
 from .causal_conv1d import causal_conv1d_backward, causal_conv1d_forward
 from .selective_scan import selective_scan_backward, selective_scan_forward, states_shape
 
 __all__ = [
+    "add_norm_backward",
+    "add_norm_forward",
     "causal_conv1d_backward",
     "causal_conv1d_forward",
     "selective_scan_backward",

@@ -60,6 +60,11 @@ def on_device(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many of them the device has; 1 where that is not known."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def dense(tensor: Tensor) -> Tensor:
     """The kernels assume a dense last axis, and nothing about the others."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

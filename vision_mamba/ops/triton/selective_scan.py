@@ -23,6 +23,7 @@ from .runtime import (
     check_dtypes,
     dense,
     load_rows,
+    multiprocessors,
     on_device,
     sigmoid,
     softplus,
@@ -565,6 +566,7 @@ class _Config(NamedTuple):
 
 
 BLOCK = 32  # channels a program, one a lane: a row of them is one coalesced access
+MAX_STATES = 256  # of a channel: eight warps then hold one step of them
 _SPAN_STEPS = 64  # shorter spans cost more in launches than they gain
 
 
@@ -584,6 +586,7 @@ def _backward_config(num_states: int) -> _Config:
 
 
 def _chunk(num_states: int) -> int:
+    """Steps between saved states: whole tiles of the forward pass, which saves them between its tiles."""
     config = _backward_config(num_states)
     return config.steps * config.tiles
 
@@ -597,7 +600,7 @@ def _wanted_programs(device: torch.device, config: _Config) -> int:
     """How many programs fill the device."""
     if device.type != "cuda":
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count * config.resident // config.warps
+    return multiprocessors(device) * config.resident // config.warps
 
 
 class _Plan(NamedTuple):
@@ -642,6 +645,11 @@ def _names(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
 
 def _arguments(u, delta, A, B, C, D, z, delta_bias, paths) -> _Arguments:
     check_dtypes(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    if A.shape[-1] > MAX_STATES:
+        raise RuntimeError(
+            f"backend 'triton' holds up to {MAX_STATES} states a channel, but A has {A.shape[-1]}; "
+            "use backend='reference'"
+        )
     _, length, num_paths, dim = delta.shape
     groups = B.shape[3]
     u, delta, B, C = dense(u), dense(delta), dense(B), dense(C)

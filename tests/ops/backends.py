@@ -1,0 +1,28 @@
+"""Where each backend's tests run.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported:
+``test_triton.py`` runs all tests of this folder with "triton" in their name again in such a process. By hand:
+``TRITON_INTERPRET=1 python -m pytest tests/ops -k triton``.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if CUDA else "cpu"  # of the Triton backend
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+kernels = pytest.mark.skipif(
+    not (CUDA or INTERPRETED) or importlib.util.find_spec("triton") is None,
+    reason="needs Triton, and a GPU or TRITON_INTERPRET=1 in the environment",
+)
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+TRITON = pytest.param("triton", marks=kernels)
+
+
+def device_of(backend: str) -> str:
+    return DEVICE if backend == "triton" else "cpu"

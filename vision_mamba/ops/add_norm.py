@@ -1,0 +1,137 @@
+"""Residual addition and RMSNorm or LayerNorm in one pass: public function, custom operator, autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backend import load_backend, resolve_backend
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "rms",
+    eps: float = 1e-5,
+    residual_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``r = x + residual``; ``norm(r) * weight + bias`` over the last axis. Both are returned.
+
+    RMSNorm: Zhang & Sennrich 2019, equation 4. LayerNorm: Ba et al. 2016, equation 4.
+    Sum, statistics and norm are computed in float32 (float64 for a float64 ``x``) and rounded once, when
+    they are written. Autocast changes nothing: a layer that gets bfloat16 hands on bfloat16, while the
+    residual stream keeps its own dtype.
+
+    Args:
+        x: output of the last layer, (..., D).
+        residual: the residual stream, (..., D), or None at its start, where ``r = x``.
+        weight: (D,).
+        bias: (D,) or None.
+        norm: ``"rms"`` or ``"layer"``.
+        eps: added to the mean square, or to the variance.
+        residual_dtype: of ``r``; by default that of ``residual``, or of ``x`` without one.
+            float32 under a bfloat16 ``x`` is Vim's ``residual_in_fp32``.
+        backend: ``"triton"``, ``"cpu"`` or ``"reference"``; by device if None.
+
+    Returns:
+        The normalised sum in the dtype of ``x``, and ``r`` in ``residual_dtype``, both (..., D) and dense.
+        Without rows both are empty.
+
+    Raises:
+        ValueError: shapes or devices that do not fit together, no channels, or an unknown name.
+        RuntimeError: the backend cannot run on the tensors' device.
+    """
+    if norm not in ("rms", "layer"):
+        raise ValueError(f"norm={norm!r}: allowed are 'rms' and 'layer'")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be (..., D) with D > 0, got {tuple(x.shape)}")
+    for name, tensor, shape in (
+        ("residual", residual, x.shape), ("weight", weight, x.shape[-1:]), ("bias", bias, x.shape[-1:]),
+    ):  # fmt: skip
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x {tuple(x.shape)} expected {tuple(shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+    chosen = resolve_backend(backend, x.device)
+    if residual_dtype is None:
+        residual_dtype = x.dtype if residual is None else residual.dtype
+    if chosen == "reference":
+        return reference.add_norm(x, residual, weight, bias, norm=norm, eps=eps, residual_dtype=residual_dtype)
+    return torch.ops.vision_mamba.add_norm(x, residual, weight, bias, eps, norm == "rms", residual_dtype, chosen)
+
+
+# Schemas are spelt out: torch 2.6 cannot infer them from annotations such as ``list[Tensor]``.
+@torch.library.custom_op(
+    "vision_mamba::add_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool rms, ScalarType residual_dtype, "
+    "str backend) -> (Tensor, Tensor)",
+)
+def _add_norm(x, residual, weight, bias, eps, rms, residual_dtype, backend):
+    return load_backend(backend).add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype)
+
+
+@_add_norm.register_fake
+def _(x, residual, weight, bias, eps, rms, residual_dtype, backend):
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=residual_dtype)
+
+
+@torch.library.custom_op(
+    "vision_mamba::add_norm_backward",
+    mutates_args=(),
+    schema="(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor weight, Tensor? bias, float eps, bool rms, "
+    "ScalarType x_dtype, ScalarType residual_dtype, str backend) -> Tensor[]",
+)
+def _add_norm_backward(dnormed, dsum, sum, weight, bias, eps, rms, x_dtype, residual_dtype, backend):
+    """The gradient of the sum in each of the two dtypes, once where they are equal, then those of weight and bias.
+
+    The statistics are found again from the sum: that costs no memory traffic.
+    """
+    dtypes = [x_dtype] if x_dtype == residual_dtype else [x_dtype, residual_dtype]
+    dsums, dweight, dbias = load_backend(backend).add_norm_backward(dnormed, dsum, sum, weight, bias, eps, rms, dtypes)
+    return [*dsums, dweight] if dbias is None else [*dsums, dweight, dbias]
+
+
+@_add_norm_backward.register_fake
+def _(dnormed, dsum, sum, weight, bias, eps, rms, x_dtype, residual_dtype, backend):
+    dtypes = [x_dtype] if x_dtype == residual_dtype else [x_dtype, residual_dtype]
+    grads = [sum.new_empty(sum.shape, dtype=dtype) for dtype in dtypes]
+    return grads + [t.new_empty(t.shape) for t in (weight, bias) if t is not None]
+
+
+def _no_second_order(ctx, *grads):
+    raise RuntimeError("add_norm has no second derivative; use backend='reference' for double backward")
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, weight, bias, eps, rms, _, backend = inputs
+    ctx.save_for_backward(output[1], weight, bias)
+    ctx.options = (eps, rms, x.dtype, (x if residual is None else residual).dtype, backend)
+    ctx.has_residual = residual is not None
+    ctx.set_materialize_grads(False)
+
+
+def _add_norm_autograd(ctx, dnormed, dsum):
+    total, weight, bias = ctx.saved_tensors  # once: activation checkpointing unpacks only once
+    _, _, x_dtype, residual_dtype, _ = ctx.options
+    dweight = dbias = None
+    if dnormed is not None:
+        grads = torch.ops.vision_mamba.add_norm_backward(dnormed, dsum, total, weight, bias, *ctx.options)
+        dx, dresidual = grads[0], grads[0 if x_dtype == residual_dtype else 1]
+        dweight, dbias = (grads[-1], None) if bias is None else grads[-2:]
+    elif dsum is not None:
+        dx, dresidual = dsum.to(x_dtype), dsum.to(residual_dtype)
+    else:
+        dx = dresidual = None
+    return dx, dresidual if ctx.has_residual else None, dweight, dbias, None, None, None, None
+
+
+_add_norm.register_autograd(_add_norm_autograd, setup_context=_setup_context)
+_add_norm_backward.register_autograd(_no_second_order)

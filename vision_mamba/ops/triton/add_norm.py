@@ -1,0 +1,140 @@
+"""Residual addition and norm in Triton; a program holds whole rows in registers and reads each of them once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .runtime import OPTIONS, alignment, check_dtypes, load_rows, multiprocessors, on_device, store_rows
+
+_TILE = 2048  # numbers a program holds of a tensor at once, where a row is not longer
+_PROGRAMS = 8  # a multiprocessor, in the backward pass: each adds one row to the sums over rows
+_VARYING = ("rows", "span", "x_l", "residual_l", "dnormed_l", "dsum_l")
+
+
+@triton.jit
+def _normalised(r, c_ok, dim, eps, RMS: tl.constexpr):
+    """The rows without their mean over their deviation, and one over the deviation."""
+    if not RMS:
+        mean = tl.sum(r, axis=1) / dim
+        r = tl.where(c_ok[None, :], r - mean[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(r * r, axis=1) / dim + eps)
+    return r * scale[:, None], scale
+
+
+@triton.jit(do_not_specialize=[name for name in _VARYING if name in ("rows", "x_l", "residual_l")])
+def _forward_kernel(
+    x, residual, weight, bias, normed, total, rows, dim, x_l, residual_l, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, RMS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.where(row < rows, row, -1)
+    c = tl.arange(0, BLOCK)
+    c_ok = c < dim
+    r = load_rows(x, row, tl.multiple_of(x_l.to(tl.int64), ALIGN), c, c_ok).to(tl.float32)
+    if residual is not None:
+        r += load_rows(residual, row, tl.multiple_of(residual_l.to(tl.int64), ALIGN), c, c_ok).to(tl.float32)
+    store_rows(total, row, dim, c, c_ok, r)
+    out, _ = _normalised(r, c_ok, dim, eps, RMS)
+    out *= tl.load(weight + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        out += tl.load(bias + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+    store_rows(normed, row, dim, c, c_ok, out)
+
+
+@triton.jit(do_not_specialize=[name for name in _VARYING if name not in ("x_l", "residual_l")])
+def _backward_kernel(
+    dnormed, dsum, total, weight, grad, grad_other, dweight, dbias, rows, span, dim, dnormed_l, dsum_l, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, RMS: tl.constexpr,
+):  # fmt: skip
+    """``span`` rows a program, whose sums for weight and bias stay in its registers."""
+    pid = tl.program_id(0).to(tl.int64)
+    dnormed_l = tl.multiple_of(dnormed_l.to(tl.int64), ALIGN)
+    dsum_l = tl.multiple_of(dsum_l.to(tl.int64), ALIGN)
+    c = tl.arange(0, BLOCK)
+    c_ok = c < dim
+    w = tl.load(weight + c, mask=c_ok, other=0.0).to(tl.float32)
+    of_weight = tl.zeros([ROWS, BLOCK], tl.float32)
+    of_bias = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, span, ROWS):
+        row = pid * span + start + tl.arange(0, ROWS)
+        row = tl.where(row < rows, row, -1)
+        dy = load_rows(dnormed, row, dnormed_l, c, c_ok).to(tl.float32)
+        normalised, scale = _normalised(load_rows(total, row, dim, c, c_ok).to(tl.float32), c_ok, dim, eps, RMS)
+        of_weight += dy * normalised
+        if dbias is not None:
+            of_bias += dy
+        dy *= w[None, :]
+        g = dy - normalised * (tl.sum(dy * normalised, axis=1) / dim)[:, None]
+        if not RMS:
+            g -= (tl.sum(dy, axis=1) / dim)[:, None]
+        g *= scale[:, None]
+        if dsum is not None:
+            g += load_rows(dsum, row, dsum_l, c, c_ok).to(tl.float32)
+        store_rows(grad, row, dim, c, c_ok, g)
+        if grad_other is not None:
+            store_rows(grad_other, row, dim, c, c_ok, g)
+    tl.store(dweight + pid * dim + c, tl.sum(of_weight, axis=0), mask=c_ok)
+    if dbias is not None:
+        tl.store(dbias + pid * dim + c, tl.sum(of_bias, axis=0), mask=c_ok)
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """(..., D) as (rows, D) with a dense last axis: a view where the leading axes have one step."""
+    if tensor is None:
+        return None
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _tile(dim: int) -> tuple[dict[str, int], int]:
+    """Compile-time sizes by the number of channels alone, and the number of warps."""
+    block = triton.next_power_of_2(dim)
+    return {"ROWS": max(_TILE // block, 1), "BLOCK": block}, min(max(block // 512, 4), 16)
+
+
+def _strides(**tensors: Tensor | None) -> dict[str, int]:
+    return {f"{name}_l": 0 if tensor is None else tensor.stride(0) for name, tensor in tensors.items()}
+
+
+def add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype) -> tuple[Tensor, Tensor]:
+    """(..., D) -> the normalised sum in the dtype of x, the sum in ``residual_dtype``."""
+    normed, total = x.new_empty(x.shape), x.new_empty(x.shape, dtype=residual_dtype)
+    check_dtypes(x=x, residual=residual, weight=weight, bias=bias, residual_dtype=total)
+    rows_x, rows_residual = _rows(x), _rows(residual)
+    dim = x.shape[-1]
+    strides = _strides(x=rows_x, residual=rows_residual)
+    tile, warps = _tile(dim)
+    if x.numel() > 0:
+        with on_device(x):
+            _forward_kernel[(triton.cdiv(len(rows_x), tile["ROWS"]),)](
+                rows_x, rows_residual, weight.contiguous(), None if bias is None else bias.contiguous(), normed, total,
+                len(rows_x), dim, *strides.values(), eps, **tile, ALIGN=alignment(dim, *strides.values()), RMS=rms,
+                num_warps=warps, **OPTIONS,
+            )  # fmt: skip
+    return normed, total
+
+
+def add_norm_backward(dnormed, dsum, total, weight, bias, eps, rms, dtypes):
+    """The gradient of the sum in each of ``dtypes`` (one or two); those of weight and bias (None without a bias)."""
+    check_dtypes(dnormed=dnormed, dsum=dsum, total=total, weight=weight)
+    rows_dnormed, rows_dsum = _rows(dnormed), _rows(dsum)
+    rows, dim = rows_dnormed.shape
+    strides = _strides(dnormed=rows_dnormed, dsum=rows_dsum)
+    tile, warps = _tile(dim)
+    programs = min(triton.cdiv(rows, tile["ROWS"]), multiprocessors(total.device) * _PROGRAMS)
+    # One sum a program, added up afterwards in a fixed order: equal bits every time, which atomics would not give.
+    dweight = total.new_empty(programs, dim, dtype=torch.float32)
+    dbias = None if bias is None else torch.empty_like(dweight)
+    grads = [total.new_empty(total.shape, dtype=dtype) for dtype in dtypes]
+    if programs > 0:
+        span = triton.cdiv(rows, programs * tile["ROWS"]) * tile["ROWS"]
+        with on_device(total):
+            _backward_kernel[(programs,)](
+                rows_dnormed, rows_dsum, total.contiguous(), weight.contiguous(), *grads, *[None] * (2 - len(grads)),
+                dweight, dbias, rows, span, dim, *strides.values(), eps, **tile,
+                ALIGN=alignment(dim, *strides.values()), RMS=rms, num_warps=warps, **OPTIONS,
+            )  # fmt: skip
+    return grads, dweight.sum(0).to(weight.dtype), None if dbias is None else dbias.sum(0).to(bias.dtype)
