@@ -8,7 +8,16 @@ from . import _identity
 _identity.check_installed()
 
 from .checkpoint import load_checkpoint
-from .models import VisionMamba
-from .ops import causal_conv1d, selective_scan
+from .models import RSMamba, Samba, VisionMamba, VMamba
+from .ops import add_norm, causal_conv1d, selective_scan
 
-__all__ = ["VisionMamba", "causal_conv1d", "load_checkpoint", "selective_scan"]
+__all__ = [
+    "RSMamba",
+    "Samba",
+    "VMamba",
+    "VisionMamba",
+    "add_norm",
+    "causal_conv1d",
+    "load_checkpoint",
+    "selective_scan",
+]

@@ -5,25 +5,33 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 
 @dataclass
 class LoadReport:
-    """What :func:`load_checkpoint` did; each list holds names of the model's (or the file's) tensors."""
+    """What :func:`load_checkpoint` did; each list holds names of the model's (or the file's) tensors.
+
+    ``unused`` are those of parts that a ``features_only`` model has given up: later stages, final norm, head.
+    """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
     adapted: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
     def problems(self) -> str:
         """One line that names every missing, unexpected and misshapen key; empty if there are none."""
@@ -49,14 +57,14 @@ def load_checkpoint(
     keeps its own (a warning says so).
 
     Args:
-        model: any model of the zoo, or any timm model whose names the file uses.
+        model: any model of the zoo, its ``features_only`` form, or any timm model whose names the file uses.
         checkpoint: a ``.safetensors`` file, a ``torch.save`` file (weights bare, or under ``"model"``,
             ``"state_dict"``, ``"model_ema"``, ``"state_dict_ema"``), or such a mapping.
         strict: missing, unexpected or misshapen tensors are an error; if False they are skipped and reported.
         use_ema: take the averaged weights where the file has them.
 
     Returns:
-        What was missing, unexpected, misshapen (only without ``strict``) and adapted.
+        What was missing, unexpected, misshapen (only without ``strict``), adapted and unused.
 
     Raises:
         FileNotFoundError: no such file.
@@ -65,6 +73,9 @@ def load_checkpoint(
     source = "checkpoint" if isinstance(checkpoint, Mapping) else str(checkpoint)
     loaded = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
     state = find_state_dict(loaded, use_ema=use_ema, source=source)
+    features_only = isinstance(model, FeatureGetterNet)
+    if features_only:
+        model = model.get_submodule("model")
     convert = getattr(model, "filter_checkpoint", None)
     if convert is not None:
         state = convert(state)
@@ -75,7 +86,9 @@ def load_checkpoint(
     accepted: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name not in own:
-            if _belongs(name, classifier) and getattr(model, "num_classes", None) == 0:
+            if features_only and _is_pruned(model, name):
+                report.unused.append(name)
+            elif _belongs(name, classifier) and getattr(model, "num_classes", None) == 0:
                 report.adapted.append(name)
             else:
                 report.unexpected.append(name)
@@ -124,6 +137,17 @@ def _belongs(name: str, module: str | tuple[str, ...] | None) -> bool:
     return any(name.startswith(f"{m}.") for m in modules)
 
 
+def _is_pruned(model: nn.Module, name: str) -> bool:
+    """Whether a tensor is of a part that ``prune_intermediate_layers`` took away or made an identity."""
+    module = model
+    for part in name.split(".")[:-1]:
+        child = getattr(module, part, None)
+        if child is None:
+            return isinstance(module, nn.ModuleList | nn.Sequential) and part.isdigit()
+        module = child
+    return isinstance(module, nn.Identity)
+
+
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Contents of a checkpoint file, read without running code from it.
 
@@ -137,8 +161,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Official files carry the run's argparse.Namespace; it is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with official_globals():
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -146,6 +169,21 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a checkpoint")
     return dict(loaded)
+
+
+def official_globals() -> AbstractContextManager[None]:
+    """While it is entered, ``weights_only`` loading accepts what official files hold beside their weights.
+
+    Those are plain data: the run's argparse.Namespace (Vim), its yacs configuration (VMamba), and the logs of
+    mmengine's runner with their numpy arrays. The classes of yacs and mmengine are not imported: an OrderedDict,
+    which torch's unpickler knows how to fill, stands for them.
+    """
+    data: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(t)) for t in "?bhilqBHILQefd")]
+    scalar, array = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 2 moved them
+        data += [(scalar, f"{module}.scalar"), (array, f"{module}._reconstruct")]
+    data += [(OrderedDict, name) for name in ("yacs.config.CfgNode", "mmengine.logging.history_buffer.HistoryBuffer")]
+    return torch.serialization.safe_globals(data)
 
 
 def find_state_dict(

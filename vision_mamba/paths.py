@@ -100,6 +100,37 @@ def random_paths(
     return torch.stack(rows).to(device=device, dtype=torch.int32)
 
 
+def fixed_random_paths(num_paths: int, length: int, *, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """Table of permutations that look random but are a function of (seed, row, length), (num_paths, length) int32.
+
+    Row k does not depend on how many rows there are, and no generator is involved: the table is the same on every
+    device and in every release of torch, and it can be compiled and exported. Cached: do not write into it.
+    """
+    key = ("fixed_random", num_paths, length, seed, str(device))
+    table = _cache.get(key) if not torch.compiler.is_compiling() else None
+    if table is None:
+        with torch.inference_mode(False):
+            token = torch.arange(length, device=device)
+            row = torch.arange(num_paths, device=device).unsqueeze(1)
+            keys = _hash(_hash(row + _hash(torch.full_like(row, seed % _PRIME))) + token)
+            # Stable: two tokens with the same key keep their order, whoever sorts.
+            table = keys.sort(dim=1, stable=True).indices.to(torch.int32)
+        if type(table) is Tensor and not torch.compiler.is_compiling():
+            _cache[key] = table
+    return table
+
+
+_PRIME = 2**31 - 1
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Scatters integers 0 ... 2**32 over 0 ... 2**31; products stay below 2**63, so nothing overflows."""
+    for factor in (48271, 1583458089, 784588716):  # multipliers for this modulus: L'Ecuyer 1999, table 2
+        x = (x % _PRIME * factor + 12345) % _PRIME
+        x = x ^ (x >> 15)
+    return x
+
+
 def check_paths(paths: Tensor) -> Tensor:
     """``paths`` itself if every row is a permutation.
 

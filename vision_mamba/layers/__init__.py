@@ -1,6 +1,8 @@
 """Building blocks shared by the model families."""
 
 from .mamba import MambaMixer
+from .multi_path import MultiPathMixer
 from .patch_embed import OverlapPatchEmbed
+from .ss2d import SS2D
 
-__all__ = ["MambaMixer", "OverlapPatchEmbed"]
+__all__ = ["MambaMixer", "MultiPathMixer", "OverlapPatchEmbed", "SS2D"]

@@ -10,6 +10,35 @@ from torch import Tensor, nn
 from ..ops import causal_conv1d, selective_scan
 
 
+@torch.no_grad()
+def init_scan_parameters(
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    *,
+    dt_min: float = 0.001,
+    dt_max: float = 0.1,
+) -> None:
+    """S4D-real A, and step sizes log-uniform in [dt_min, dt_max] (Gu & Dao 2023, section 3.6), in place.
+
+    Args:
+        x_proj_weight: (..., R + 2N, D), projection of a token to the low-rank step size, B and C.
+        dt_proj_weight, dt_proj_bias: (..., D, R) and (..., D), from there to the step size.
+        A_log: (..., D, N).
+        D: (..., D).
+    """
+    x_bound, dt_bound = x_proj_weight.shape[-1] ** -0.5, dt_proj_weight.shape[-1] ** -0.5
+    nn.init.uniform_(x_proj_weight, -x_bound, x_bound)
+    nn.init.uniform_(dt_proj_weight, -dt_bound, dt_bound)
+    dt = torch.rand_like(dt_proj_bias) * math.log(dt_max / dt_min) + math.log(dt_min)
+    dt = dt.exp().clamp_min(1e-4)
+    dt_proj_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+    A_log.copy_(torch.arange(1, A_log.shape[-1] + 1, device=A_log.device).log().expand_as(A_log))
+    nn.init.ones_(D)
+
+
 class MambaMixer(nn.Module):
     """Mamba block (Gu & Dao 2023, figure 3) whose scan walks K paths at once.
 
@@ -66,21 +95,11 @@ class MambaMixer(nn.Module):
         if self.gamma is not None:
             nn.init.constant_(self.gamma, layer_scale or 0.0)
 
-    def reset_parameters(self, dt_min: float = 0.001, dt_max: float = 0.1) -> None:
-        """S4D-real A, and step sizes log-uniform in [dt_min, dt_max] (Gu & Dao 2023, section 3.6)."""
+    def reset_parameters(self) -> None:
         conv_bound = 1 / math.sqrt(self.conv_weight.shape[-1])
         nn.init.uniform_(self.conv_weight, -conv_bound, conv_bound)
         nn.init.uniform_(self.conv_bias, -conv_bound, conv_bound)
-        x_bound = 1 / math.sqrt(self.x_proj_weight.shape[-1])
-        nn.init.uniform_(self.x_proj_weight, -x_bound, x_bound)
-        dt_bound = self.dt_rank**-0.5
-        nn.init.uniform_(self.dt_proj_weight, -dt_bound, dt_bound)
-        with torch.no_grad():
-            dt = torch.rand_like(self.dt_proj_bias) * math.log(dt_max / dt_min) + math.log(dt_min)
-            dt = dt.exp().clamp_min(1e-4)
-            self.dt_proj_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-            self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
-        nn.init.ones_(self.D)
+        init_scan_parameters(self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D)
 
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
         """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""

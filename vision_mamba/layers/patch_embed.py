@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class OverlapPatchEmbed(nn.Module):
     """One convolution from image to tokens; patches overlap where the stride is below their size.
 
-    timm's ``PatchEmbed`` has no stride. Positions a side: ``(size - patch_size) // stride + 1``.
+    timm's ``PatchEmbed`` has no stride. Positions a side: ``(size - patch_size) // stride + 1``, or with
+    ``corner_pad`` ``ceil(size / stride)``.
 
     Args:
         img_size: (height, width) in pixels that the model is built for.
@@ -16,10 +18,13 @@ class OverlapPatchEmbed(nn.Module):
         stride: pixels between patches.
         in_chans: image channels.
         embed_dim: channels of a token.
+        corner_pad: zeros at the bottom and right, so that a patch starts at every ``stride`` pixels of the image and
+            every size fits (mmcv's ``AdaptivePadding``, mode ``corner``).
+        bias: of the convolution.
         dynamic_img_size: accept any size in ``forward``.
 
     Raises:
-        ValueError: an image size that patches and stride do not tile exactly.
+        ValueError: without ``corner_pad``, an image size that patches and stride do not tile exactly.
     """
 
     def __init__(
@@ -30,14 +35,19 @@ class OverlapPatchEmbed(nn.Module):
         *,
         in_chans: int,
         embed_dim: int,
+        corner_pad: bool = False,
+        bias: bool = True,
         dynamic_img_size: bool = False,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         self.patch_size, self.stride, self.dynamic_img_size = patch_size, stride, dynamic_img_size
+        self.corner_pad = corner_pad
         self.set_input_size(img_size)
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=stride, device=device, dtype=dtype)
+        self.proj = nn.Conv2d(
+            in_chans, embed_dim, kernel_size=patch_size, stride=stride, bias=bias, device=device, dtype=dtype
+        )
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
         self.grid_size = self.dynamic_feat_size(img_size)
@@ -52,6 +62,9 @@ class OverlapPatchEmbed(nn.Module):
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in tokens of an image of (height, width) pixels."""
+        if self.corner_pad:
+            rows, columns = (-(-size // self.stride) for size in img_size)
+            return rows, columns
         for name, size in zip(("height", "width"), img_size, strict=True):
             if size < self.patch_size or (size - self.patch_size) % self.stride:
                 lower = max(size - (size - self.patch_size) % self.stride, self.patch_size)
@@ -74,5 +87,11 @@ class OverlapPatchEmbed(nn.Module):
                 f"image is {size[0]}x{size[1]}, the model was built for {self.img_size[0]}x{self.img_size[1]}; "
                 f"resize it, or create the model with img_size={size} or dynamic_img_size=True"
             )
-        self.dynamic_feat_size(size)
+        grid = self.dynamic_feat_size(size)
+        if self.corner_pad:
+            bottom, right = (
+                max((count - 1) * self.stride + self.patch_size - pixels, 0)
+                for count, pixels in zip(grid, size, strict=True)
+            )
+            x = F.pad(x, (0, right, 0, bottom))
         return self.proj(x).permute(0, 2, 3, 1)

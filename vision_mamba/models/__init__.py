@@ -4,6 +4,9 @@ from .. import _identity
 
 _identity.check_not_shadowed()
 
+from .rsmamba import RSMamba
+from .samba import Samba
 from .vim import VisionMamba
+from .vmamba import VMamba
 
-__all__ = ["VisionMamba"]
+__all__ = ["RSMamba", "Samba", "VMamba", "VisionMamba"]

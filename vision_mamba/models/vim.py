@@ -6,7 +6,6 @@ Space Model", arXiv 2401.09417. Official code and weights: github hustvl/Vim (Ap
 
 from __future__ import annotations
 
-import argparse
 import math
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +14,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.layers.weight_init import lecun_normal_
-from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
 from timm.models._manipulate import checkpoint
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 
 from ..layers import MambaMixer, OverlapPatchEmbed
 from ..paths import scan_paths
+from ._builder import build_model, check_choice
 
 # torch.fx takes these whole: they look at sizes, which have no values while it traces.
 register_notrace_module(OverlapPatchEmbed)
@@ -128,8 +127,8 @@ class VisionMamba(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        _check_choice("cls_position", cls_position, ("middle", "head", "double", "none"))
-        _check_choice("bimamba_type", bimamba_type, ("v2", "v1", "none"))
+        check_choice("cls_position", cls_position, ("middle", "head", "double", "none"))
+        check_choice("bimamba_type", bimamba_type, ("v2", "v1", "none"))
         if if_bidirectional and depth % 2:
             raise ValueError(f"if_bidirectional pairs layers: it needs an even depth, not {depth}")
         dd = {"device": device, "dtype": dtype}
@@ -188,7 +187,7 @@ class VisionMamba(nn.Module):
         return names.get(self.cls_position, ("cls_token",))
 
     def _set_global_pool(self, global_pool: str) -> None:
-        _check_choice("global_pool", global_pool, ("token", "avg", "max", "last", ""))
+        check_choice("global_pool", global_pool, ("token", "avg", "max", "last", ""))
         if global_pool == "token" and not self.num_cls_tokens:
             raise ValueError("global_pool='token' needs a class token; choose 'avg', 'max' or 'last'")
         self.global_pool = global_pool
@@ -320,7 +319,7 @@ class VisionMamba(nn.Module):
             output_fmt: ``"NCHW"`` (batch, embed_dim, rows, columns) or ``"NLC"``.
             intermediates_only: return the list of maps alone.
         """
-        _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.blocks), indices)
         x, grid = self._embed(x)
         paths = self._paths(x)
@@ -358,16 +357,12 @@ class VisionMamba(nn.Module):
         return checkpoint_filter_fn(state_dict, self)
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
-
-
-def cls_positions(cls_position: ClsPosition, num_patches: int) -> tuple[int, ...]:
+def cls_positions(cls_position: str, num_patches: int) -> tuple[int, ...]:
     """Places of the class tokens in a sequence of ``num_patches`` patches."""
     return {
         "middle": (num_patches // 2,),
         "head": (0,),
+        "tail": (num_patches,),
         "double": (0, num_patches + 1),
         "none": (),
     }[cls_position]
@@ -400,7 +395,7 @@ def resample_pos_embed(
     pos_embed: Tensor,
     old_grid: tuple[int, int],
     new_grid: tuple[int, int],
-    cls_position: ClsPosition,
+    cls_position: str,
 ) -> Tensor:
     """Position table (1, L, C) for another grid of patches; the class tokens keep their own rows.
 
@@ -523,24 +518,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    out_indices = kwargs.pop("out_indices", 3)
-    # Official files hold the run's argparse.Namespace beside the weights; weights_only refuses it by default.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            return build_model_with_cfg(
-                VisionMamba,
-                variant,
-                pretrained,
-                pretrained_filter_fn=checkpoint_filter_fn,
-                feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-                **kwargs,
-            )
-        except OSError as error:
-            cfg = default_cfgs[variant].default
-            raise RuntimeError(
-                f"could not fetch the weights of {variant} ({cfg.hf_hub_filename} of {cfg.hf_hub_id} on the Hugging "
-                "Face hub). Without a network, copy that file here and call vision_mamba.load_checkpoint(model, 'FILE')"
-            ) from error
+    return build_model(VisionMamba, variant, pretrained, filter_fn=checkpoint_filter_fn, levels=3, **kwargs)
 
 
 @register_model

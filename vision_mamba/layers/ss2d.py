@@ -1,0 +1,110 @@
+"""2D selective scan: a Mamba mixer over a feature map, along several paths at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import selective_scan
+from ..paths import SS2D as SS2D_PATHS
+from ..paths import scan_paths
+from .mamba import init_scan_parameters
+
+
+class SS2D(nn.Module):
+    """SS2D block (Liu et al. 2024, VMamba, arXiv 2401.10166, section 4.2 and figure 3) on a channels-last map.
+
+    All paths read the same convolved map, so the projections to step size, B and C are one product over
+    the tokens in raster order, and the scan gathers along its paths: no cross-scan or cross-merge copies.
+
+    Args:
+        dim: channels of the map.
+        d_state: states N a channel.
+        expand: inner channels as a multiple of ``dim`` (official ``ssm_ratio``).
+        dt_rank: rank of the step-size projection; ``ceil(dim / 16)`` if None.
+        d_conv: side of the depth-wise convolution, odd; 1 for none.
+        conv_bias: bias of that convolution.
+        gate: multiply the normalised scan by ``silu(z)``, as in the first version; the released s1l8, s2l5,
+            s1l20 and s2l15 have none (official ``_noz``).
+        paths: names of scan paths over the map (:data:`vision_mamba.paths.PATHS`), one set of parameters each.
+        norm_eps: of the norm after the scan.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        d_state: int = 1,
+        expand: float = 1.0,
+        dt_rank: int | None = None,
+        d_conv: int = 3,
+        conv_bias: bool = False,
+        gate: bool = False,
+        paths: Sequence[str] = SS2D_PATHS,
+        norm_eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if d_conv % 2 == 0:
+            raise ValueError(f"d_conv={d_conv}: the convolution keeps the map's size only with an odd side")
+        dd = {"device": device, "dtype": dtype}
+        inner = int(expand * dim)
+        self.d_state, self.gate, self.path_names = d_state, gate, tuple(paths)
+        self.dt_rank = dt_rank or math.ceil(dim / 16)
+        K = len(self.path_names)
+        self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
+        self.conv2d = (
+            nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias, **dd)
+            if d_conv > 1
+            else nn.Identity()
+        )
+        self.x_proj_weight = nn.Parameter(torch.empty(K, self.dt_rank + 2 * d_state, inner, **dd))
+        self.dt_proj_weight = nn.Parameter(torch.empty(K, inner, self.dt_rank, **dd))
+        self.dt_proj_bias = nn.Parameter(torch.empty(K, inner, **dd))
+        self.A_log = nn.Parameter(torch.empty(K, inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(K, inner, **dd))
+        self.out_norm = nn.LayerNorm(inner, eps=norm_eps, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        init_scan_parameters(self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, height, width, dim) -> the same shape."""
+        batch, height, width, _ = x.shape
+        x = self.in_proj(x)
+        if self.gate:
+            x, z = x.chunk(2, dim=-1)
+        # A channels-last map seen as (batch, channels, height, width) is torch's channels_last: no copy.
+        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        y = self.scan(x.flatten(1, 2), height, width).unflatten(1, (height, width))
+        y = self.out_norm(y).to(y.dtype)
+        return self.out_proj(y * F.silu(z) if self.gate else y)
+
+    def scan(self, u: Tensor, height: int, width: int) -> Tensor:
+        """Sum of the scans along all paths: tokens (batch, L, inner) -> (batch, L, inner)."""
+        batch, length, inner = u.shape
+        K, N = len(self.path_names), self.d_state
+        projected = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, -1))
+        dt, B, C = projected.split((self.dt_rank, N, N), dim=-1)
+        dt = dt.flatten(0, 1).transpose(0, 1)  # (K, batch * L, rank): one batched product for all paths
+        delta = torch.bmm(dt, self.dt_proj_weight.transpose(1, 2))
+        # A, D, the bias and the states stay float32 under autocast: bf16 steps would lose the slow decays.
+        A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
+        y = selective_scan(
+            u,
+            delta.unflatten(1, (batch, length)).permute(1, 2, 0, 3),
+            -torch.exp(A_log),
+            B,
+            C,
+            self.D,
+            delta_bias=self.dt_proj_bias,
+            delta_softplus=True,
+            paths=scan_paths(self.path_names, height, width, device=u.device),
+            merge="sum",
+        )
+        assert isinstance(y, Tensor)
+        return y

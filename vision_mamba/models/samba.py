@@ -1,0 +1,373 @@
+"""Samba: a Mamba backbone with four levels for the segmentation of remote-sensing images.
+
+Zhu et al. 2024, "Samba: Semantic Segmentation of Remotely Sensed Images with State Space Model", arXiv
+2404.01705. Official code: github zhuqinfeng1999/Samba (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, trunc_normal_
+from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_function, register_notrace_module
+from timm.models._manipulate import checkpoint
+from timm.models._registry import generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layers import MambaMixer
+from ..paths import scan_paths
+from ._builder import build_model, check_choice, find_backbone
+
+# torch.fx takes these whole: they look at sizes, which have no values while it traces.
+register_notrace_module(MambaMixer)
+register_notrace_function(scan_paths)
+
+
+class Stem(nn.Module):
+    """Image -> normalised channels-last map at stride 4."""
+
+    def __init__(self, in_chans: int, hidden: int, dim: int, **dd) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, hidden, 7, stride=2, padding=3, bias=False, **dd)
+        self.norm1 = nn.BatchNorm2d(hidden, **dd)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False, **dd)
+        self.norm2 = nn.BatchNorm2d(hidden, **dd)
+        self.conv3 = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False, **dd)
+        self.norm3 = nn.BatchNorm2d(hidden, **dd)
+        self.proj = nn.Conv2d(hidden, dim, 3, stride=2, padding=1, **dd)
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, height, width) -> (batch, ceil(height / 4), ceil(width / 4), dim)."""
+        # From here on every map is channels-last in memory, and each permute is a view.
+        x = F.relu(self.norm1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
+        x = F.relu(self.norm2(self.conv2(x)))
+        x = F.relu(self.norm3(self.conv3(x)))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class Downsample(nn.Module):
+    """(batch, H, W, dim) -> normalised (batch, ceil(H / 2), ceil(W / 2), out_dim)."""
+
+    def __init__(self, dim: int, out_dim: int, **dd) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
+        self.norm = nn.LayerNorm(out_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class ConvMlp(nn.Module):
+    """MLP with a depth-wise 3x3 convolution before its GELU (Wang et al. 2022, PVT v2, section 3.2)."""
+
+    def __init__(self, dim: int, hidden: int, **dd) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(F.gelu(x))
+
+
+class SambaBlock(nn.Module):
+    """``x + mixer(norm1(x))``, then ``x + mlp(norm2(x))``, on a channels-last map; the scan runs row by row."""
+
+    def __init__(self, dim: int, *, d_state: int, mlp_ratio: float, drop_path: float, **dd) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.mixer = MambaMixer(dim, d_state=d_state, num_paths=1, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        paths = scan_paths(("raster",), height, width, device=x.device)
+        mixed = self.mixer(self.norm1(x).flatten(1, 2), paths).unflatten(1, (height, width))
+        x = x + self.drop_path(mixed)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class SambaStage(nn.Module):
+    """Downsampling, blocks, and the norm of the level."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[SambaBlock], norm: nn.Module) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+        return self.norm(x)
+
+
+class Samba(nn.Module):
+    """Samba backbone (Zhu et al. 2024, section III), as an ordinary timm model for images of any size.
+
+    The four levels, ``features_only``, are normalised, and each is what the next stage starts from. The official
+    code has no use for a classifier; ours is a linear layer on the mean of the last level.
+
+    Args:
+        in_chans: image channels.
+        num_classes: outputs of the classifier; 0 for none.
+        global_pool: timm's pooling of the last map: ``"avg"``, ``"max"``, ``"avgmax"``, ``"catavgmax"``, ``""``.
+        stem_dim: channels inside the stem (official ``stem_hidden_dim``).
+        dims: channels a stage (official ``embed_dims``).
+        depths: blocks a stage.
+        mlp_ratios: hidden channels of the MLP as a multiple of the block's, a stage.
+        d_state: states N a channel.
+        drop_rate, drop_path_rate: dropout before the head, and stochastic depth (rising linearly to this rate).
+
+    Raises:
+        ValueError: ``dims``, ``depths`` and ``mlp_ratios`` of different lengths.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        stem_dim: int = 32,
+        dims: Sequence[int] = (64, 128, 320, 448),
+        depths: Sequence[int] = (3, 4, 6, 3),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        d_state: int = 64,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if not len(dims) == len(depths) == len(mlp_ratios):
+            raise ValueError(f"dims={dims}, depths={depths}, mlp_ratios={mlp_ratios}: give one number a stage in each")
+        dd = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.output_fmt = "NHWC"
+        self.num_features = self.head_hidden_size = dims[-1]
+
+        self.stem = Stem(in_chans, stem_dim, dims[0], **dd)
+        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        stages = []
+        self.feature_info = []
+        for i, (dim, depth, ratio) in enumerate(zip(dims, depths, mlp_ratios, strict=True)):
+            start = sum(depths[:i])
+            blocks = [
+                SambaBlock(dim, d_state=d_state, mlp_ratio=ratio, drop_path=rate, **dd)
+                for rate in rates[start : start + depth]
+            ]
+            down = Downsample(dims[i - 1], dim, **dd) if i else nn.Identity()
+            stages.append(SambaStage(down, blocks, nn.LayerNorm(dim, **dd)))
+            self.feature_info.append(dict(module=f"stages.{i}", num_chs=dim, reduction=4 * 2**i))
+        self.stages = nn.ModuleList(stages)
+        self.head = ClassifierHead(
+            dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
+        )
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As the official code, but the mixers keep Mamba's own step sizes, which it overwrites."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are no matrices, though some have two axes (one row a path)."""
+        special = ("A_log", "D", "dt_proj_bias", "conv_bias")
+        return {n for n, _ in self.named_parameters() if n.rsplit(".", 1)[-1] in special}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        if coarse:
+            return dict(stem=r"^stem", blocks=r"^stages\.(\d+)")
+        return dict(
+            stem=r"^stem",
+            blocks=[
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New head for ``num_classes`` (0 for none), and a new pooling if given."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, height, width) -> normalised last map (batch, rows, columns, channels)."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Last map -> (batch, num_classes), or what enters the classifier with ``pre_logits``."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Last map and the normalised maps of chosen stages.
+
+        Args:
+            x: (batch, in_chans, height, width).
+            indices: stages, or how many of the last; None for all.
+            norm: part of timm's contract; every level has its norm in any case.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: ``"NCHW"`` (batch, channels, rows, columns) or ``"NHWC"``.
+            intermediates_only: return the list of maps alone.
+        """
+        check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
+        take, last = feature_take_indices(len(self.stages), indices)
+        x = self.stem(x)
+        intermediates = []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                intermediates.append(x.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop stages and head that the chosen intermediates do not need; the norms belong to the levels."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def filter_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Official or own names -> this model's; see :func:`checkpoint_filter_fn`."""
+        return checkpoint_filter_fn(state_dict, self)
+
+
+_OFFICIAL = re.compile(r"^(patch_embed|block|norm)(\d)\.(.*)")
+#: Places in the stem's nn.Sequential, among its ReLUs.
+_OFFICIAL_STEM = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2", "6": "conv3", "7": "norm3"}
+_OFFICIAL_MIXER = {
+    "A_log": "A_log",
+    "D": "D",
+    "conv1d.weight": "conv_weight",
+    "conv1d.bias": "conv_bias",
+    "x_proj.weight": "x_proj_weight",
+    "dt_proj.weight": "dt_proj_weight",
+    "dt_proj.bias": "dt_proj_bias",
+}
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Samba) -> dict[str, Tensor]:
+    """Official state dict, or the backbone in a segmentor's (mmsegmentation), -> ours.
+
+    Such files have no classifier: load them with ``features_only=True`` or ``num_classes=0``. Our own names pass
+    unchanged.
+    """
+    state_dict = find_backbone(state_dict.get("state_dict", state_dict))  # type: ignore[arg-type]
+    out: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        match = _OFFICIAL.match(key)
+        if match is None:
+            out[key] = value
+            continue
+        kind, stage, name = match[1], int(match[2]) - 1, match[3]
+        if kind == "patch_embed":
+            if name.startswith("conv."):
+                _, place, name = name.split(".", 2)
+                name = f"{_OFFICIAL_STEM[place]}.{name}"
+            out[f"stages.{stage}.downsample.{name}" if stage else f"stem.{name}"] = value
+        elif kind == "norm":
+            out[f"stages.{stage}.norm.{name}"] = value
+        else:
+            name = name.replace(".attn.norm.", ".norm1.").replace(".dwconv.dwconv.", ".dwconv.")
+            block, is_mixer, parameter = name.partition(".attn.mamba.")
+            if is_mixer:
+                name = f"{block}.mixer.{_OFFICIAL_MIXER.get(parameter, parameter)}"
+                if parameter in _OFFICIAL_MIXER:  # one path
+                    value = (value.squeeze(1) if parameter == "conv1d.weight" else value).unsqueeze(0)
+            out[f"stages.{stage}.blocks.{name}"] = value
+    # Files of other tools may lack BatchNorm's counters of batches, which nothing here uses.
+    counters = {name: buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")}
+    return {**counters, **out}
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "samba.untrained": _cfg(),
+        "test_samba.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0),
+    }
+)
+
+
+def _create_samba(variant: str, pretrained: bool = False, **kwargs: Any) -> Samba:
+    return build_model(Samba, variant, pretrained, filter_fn=checkpoint_filter_fn, levels=(0, 1, 2, 3), **kwargs)
+
+
+@register_model
+def samba(pretrained: bool = False, **kwargs: Any) -> Samba:
+    """Samba, the paper's backbone; 22.7 M parameters without the classifier."""
+    return _create_samba("samba", pretrained, **kwargs)
+
+
+@register_model
+def test_samba(pretrained: bool = False, **kwargs: Any) -> Samba:
+    """Tiny, for tests only."""
+    args = dict(stem_dim=8, dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), mlp_ratios=(4, 4, 2, 2))
+    return _create_samba("test_samba", pretrained, **dict(args, **kwargs))
