@@ -1,14 +1,19 @@
 """The training configuration: documentation, types, ranges, unknown keys, and the files in configs/."""
 
+import math
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
 
 import vision_mamba  # noqa: F401  (registers the models)
+from vision_mamba.data import RECIPES
+from vision_mamba.engine.build import build_optimizer, build_schedule, head_lr
 from vision_mamba.engine.config import (
+    AugmentConfig,
     Config,
     changed_keys,
     config_to_dict,
@@ -31,6 +36,12 @@ def load(tmp_path, text="", *overrides):
 def test_every_config_file_loads(path):
     config = load_config(path, [] if path.stem == "quickstart" else ["data.source=somewhere"])
     assert timm.is_model(config.model.name)
+
+
+def test_recipe_names_are_the_transforms():
+    (key,) = (k for k in fields(AugmentConfig) if k.name == "recipe")
+    assert key.metadata["choices"] == tuple(RECIPES)
+    assert all(name in key.metadata["help"] for name in RECIPES)
 
 
 def test_recipes_wait_for_the_users_data():
@@ -88,6 +99,13 @@ def test_changed_keys_skips_what_may_change():
         ("augment: {mixup: 0.5}\ndata: {batch_size: 7}", "data.source=x", "data.batch_size must be even"),
         ("schedule: {epochs: 3, warmup_epochs: 3}", "data.source=x", "schedule.warmup_epochs"),
         ("data: {mean: [0.5, 0.5]}", "data.source=x", "data.mean has 2 values"),
+        ("data: {bands: [4, 3]}", "data.source=x", "data.bands picks 2 bands, but model.in_chans is 3"),
+        ("data: {bands: []}", "data.source=x", "data.bands must list band numbers"),
+        ("data: {bands: [1, 2, true]}", "data.source=x", "data.bands must list band numbers"),
+        ("data: {statistics: s.yaml, mean: [0.5]}", "data.source=x", "data.statistics and data.mean"),
+        ("augment: {recipe: overhed}", "data.source=x", "did you mean 'overhead'"),
+        ("augment: {recipe: overhead, vflip: 0.5}", "data.source=x", "leaves no place for augment.vflip"),
+        ("augment: {recipe: overhead, reprob: 0.1}", "data.source=x", "leaves no place for augment.reprob"),
     ],
 )
 def test_mistakes_are_named_in_one_line(tmp_path, text, override, message):
@@ -99,3 +117,18 @@ def test_mistakes_are_named_in_one_line(tmp_path, text, override, message):
 def test_missing_file():
     with pytest.raises(UserError, match="config file not found"):
         load_config("nowhere.yaml")
+
+
+def test_warmup_prefix_is_the_official_vmamba_schedule():
+    """Liu et al.'s utils/lr_scheduler.py: a linear warm-up, then a whole cosine over the remaining epochs."""
+    path = next(p for p in CONFIGS if p.stem == "vmamba_imagenet")
+    config = load_config(path, ["data.source=x"])
+    optimizer = build_optimizer(config, torch.nn.Linear(2, 2), images_per_step=1024)
+    scheduler, epochs = build_schedule(config, optimizer, updates_per_epoch=100)
+    assert epochs == 300
+    peak, first, last, warm, total = 1e-3, 1e-6, 1e-5, 2000, 30_000
+    for t in (0, 100, 1999, 2000, 2001, 16_000, 29_999):
+        scheduler.step_update(t)
+        cosine = last + (peak - last) * (1 + math.cos(math.pi * (t - warm) / (total - warm))) / 2
+        expected = first + t * (peak - first) / warm if t < warm else cosine
+        assert head_lr(optimizer) == pytest.approx(expected, rel=1e-9), t

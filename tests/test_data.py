@@ -490,7 +490,7 @@ def test_knn_baseline_on_separable_colours():
 
 
 def test_heavy_imports_wait_for_their_use():
-    heavy = {"albumentations", "datasets", "webdataset", "matplotlib"}
+    heavy = {"albumentations", "datasets", "webdataset", "matplotlib", "rasterio"}
     code = f"import sys, vision_mamba.data; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

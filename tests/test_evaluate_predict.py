@@ -76,13 +76,19 @@ def check_against_hand(result, logits, targets):
     assert result["top1"] == pytest.approx(np.trace(confusion) / len(targets))
     assert result["top5"] == pytest.approx(top5)
     assert result["loss"] == pytest.approx(loss, rel=1e-5)
+    by_class = []
     for c, row in enumerate(result["per_class"]):
         hit, said, there = confusion[c, c], confusion[:, c].sum(), confusion[c].sum()
         precision, recall = hit / said if said else 0, hit / there if there else 0
         assert row["precision"] == pytest.approx(precision) and row["recall"] == pytest.approx(recall)
+        by_class.append((precision, recall, 2 * precision * recall / (precision + recall) if precision + recall else 0))
         both = precision + recall
         assert row["f1"] == pytest.approx(2 * precision * recall / both if both else 0)
         assert row["support"] == there
+    # As scikit-learn and torchmetrics do: a class that neither occurs nor is predicted counts not at all.
+    occurs = [c for c in range(len(confusion)) if confusion[c].sum() or confusion[:, c].sum()]
+    for name, mean in zip(("precision", "recall", "f1"), np.mean([by_class[c] for c in occurs], axis=0), strict=True):
+        assert result[name] == pytest.approx(mean)
 
 
 def test_evaluate_agrees_with_a_count_by_hand():
@@ -91,6 +97,24 @@ def test_evaluate_agrees_with_a_count_by_hand():
     result = evaluate(model, as_batches(logits, targets), num_classes=7, device="cpu", progress=False)
     check_against_hand(result, logits, targets)
     assert model.training and result["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("absent", [False, True], ids=["all classes", "one class absent"])
+def test_macro_metrics_agree_with_torchmetrics(absent):
+    from torchmetrics.functional.classification import multiclass_f1_score, multiclass_precision, multiclass_recall
+
+    logits, targets = example()
+    if absent:
+        logits[:, 6] -= 50
+    result = evaluate(Fixed(), as_batches(logits, targets), num_classes=7, device="cpu", progress=False)
+    check_against_hand(result, logits, targets)
+    for name, metric in (
+        ("precision", multiclass_precision),
+        ("recall", multiclass_recall),
+        ("f1", multiclass_f1_score),
+    ):
+        expected = metric(torch.tensor(logits), torch.tensor(targets), num_classes=7, average="macro").item()
+        assert result[name] == pytest.approx(expected, rel=1e-6)
 
 
 def test_top5_only_from_five_classes():
@@ -209,6 +233,8 @@ def test_evaluate_tool(data, tmp_path, capsys, raw):
     assert report["confusion"] == confusion.tolist()
     assert report["loss"] == pytest.approx(loss, rel=1e-3)
     assert report["top1"] == pytest.approx(np.trace(confusion) / 9)
+    f1 = [2 * confusion[c, c] / max(confusion[c].sum() + confusion[:, c].sum(), 1) for c in range(3)]
+    assert report["f1"] == pytest.approx(np.mean(f1)) and f"F1 {np.mean(f1):.2%}" in stdout
     assert f"top-1 {np.trace(confusion) / 9:.2%}" in stdout and "metrics.json" in stdout
     with open(out / "per_class.csv") as file:
         rows = list(csv.DictReader(file))
@@ -334,3 +360,15 @@ def test_predict_without_a_readable_image(data, tmp_path, capsys):
 def test_help_has_an_example(name, capsys):
     code, out, _ = run(name, "--help", capsys=capsys)
     assert code == 0 and f"python tools/{name}.py" in out
+
+
+def test_predict_at_another_size_with_a_model_of_any_size(data, tmp_path, capsys):
+    """VMamba has no img_size argument; the size is the transform's alone."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vmamba", num_classes=len(CLASSES))
+    torch.save({"model": model.state_dict()}, tmp_path / "official.pth")
+    image = sorted(data.rglob("*.png"))[0]
+    arguments = [tmp_path / "official.pth", image, "--model", "test_vmamba", "--img-size", "48", "80"]
+    status, out, err = run("predict", *arguments, capsys=capsys)
+    assert status == 0, err
+    assert image.name in out

@@ -98,7 +98,7 @@ def test_a_run_writes_everything(settings, tmp_path, capsys):
     result = run(settings, tmp_path / "out", "output.tensorboard=true", "output.plots=true", "train.knn_baseline=true")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {
-        "best.pth", "last.pth", "config.yaml", "log.csv", "curves.png", "confusion.png", "tensorboard",
+        "best.pth", "last.pth", "config.yaml", "log.csv", "per_class.csv", "curves.png", "confusion.png", "tensorboard",
     }  # fmt: skip
     rows = read_log(tmp_path / "out")
     assert [row["epoch"] for row in rows] == ["1", "2"]

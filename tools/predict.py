@@ -3,7 +3,8 @@
     python tools/predict.py output/quickstart/best.pth photos/ more/*.jpg
     python tools/predict.py vim_t.pth --model vim_tiny_patch16_224 cat.jpg --topk 3
 
-A file that cannot be read is reported and skipped. The exit status is 2 only where none could be read.
+GeoTIFF tiles of any band count and number type are read where the model was trained on such. A file that cannot
+be read, or holds nothing but nodata, is reported and skipped. The exit status is 2 only where none could be read.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
-from vision_mamba.data import decode_image, is_image_name
+from vision_mamba.data import is_image_name, preview
 from vision_mamba.engine.evaluate import add_model_arguments, choose_device, load_trained
 from vision_mamba.engine.plots import plot_contact_sheet, replacing
 from vision_mamba.errors import UserError, run_main
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     device, amp_dtype = choose_device(args.device, args.amp)
     trained = load_trained(args.checkpoint, name=args.model, img_size=args.img_size, use_ema=not args.no_ema)
     model, transform = trained.model.to(device), trained.transform()
-    channels, topk = trained.data_config["input_size"][0], min(args.topk, len(trained.classes))
+    topk = min(args.topk, len(trained.classes))
     print(trained.description)
 
     predictions, skipped, thumbnails = [], [], []
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         read, batch = [], []
         for path in paths[start : start + args.batch_size]:
             try:
-                image = decode_image(path.read_bytes(), str(path), channels)
+                image = trained.decode(path.read_bytes(), str(path))
             except (UserError, OSError) as error:
                 skipped.append({"image": str(path), "error": str(error)})
                 print(f"skipped: {error}", file=sys.stderr)
@@ -118,8 +120,8 @@ def find_images(arguments: list[str]) -> list[Path]:
     return list(found)
 
 
-def _thumbnail(image: Image.Image) -> Image.Image:
-    small = image.convert("RGB")
+def _thumbnail(image: Image.Image | np.ndarray) -> Image.Image:
+    small = (preview(image) if isinstance(image, np.ndarray) else image).convert("RGB")
     small.thumbnail((256, 256))
     return small
 

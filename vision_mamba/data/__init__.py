@@ -1,22 +1,30 @@
-"""Image sets, augmentation and loaders. albumentations and datasets are imported when a config asks for them."""
+"""Image sets, augmentation and loaders. albumentations, datasets and rasterio are imported when asked for."""
 
 from vision_mamba.data.images import IMAGE_EXTENSIONS, decode_image, is_image_name
 from vision_mamba.data.knn import knn_baseline
 from vision_mamba.data.loader import EpochLoader, create_loader
+from vision_mamba.data.rasters import RasterProfile, decode_raster, preview
 from vision_mamba.data.sources import ImageSet, builtin_path, check_head, check_images, open_dataset
-from vision_mamba.data.transforms import build_transform
+from vision_mamba.data.statistics import band_statistics, read_statistics
+from vision_mamba.data.transforms import RECIPES, build_transform
 
 __all__ = [
     "IMAGE_EXTENSIONS",
+    "RECIPES",
     "EpochLoader",
     "ImageSet",
+    "RasterProfile",
+    "band_statistics",
     "build_transform",
     "builtin_path",
     "check_head",
     "check_images",
     "create_loader",
     "decode_image",
+    "decode_raster",
     "is_image_name",
     "knn_baseline",
     "open_dataset",
+    "preview",
+    "read_statistics",
 ]

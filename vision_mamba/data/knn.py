@@ -24,7 +24,8 @@ def knn_baseline(
     the baseline gets the benefit of the doubt.
 
     Args:
-        train, val: sets of (PIL image, target).
+        train, val: sets of (PIL image, target), or of (array as ``decode_raster`` gives it, target). Bands of arrays
+            are scaled to the same spread; nodata becomes the band's mean.
         k: neighbours that vote; the nearer neighbour breaks a tie.
         size: sides in pixels.
 
@@ -38,6 +39,11 @@ def knn_baseline(
     classes = int(max(train_targets.max(), val_targets.max())) + 1
     best = 0.0
     for side in sizes:
+        if train_pixels[side].ndim == 4:  # bands of rasters differ in unit
+            mean = train_pixels[side].nanmean((0, 1, 2))
+            std = (train_pixels[side] - mean).square().nanmean((0, 1, 2)).sqrt().clamp(min=1e-12)
+            for pixels in (train_pixels, val_pixels):
+                pixels[side] = ((pixels[side] - mean) / std).nan_to_num(0.0).flatten(1)
         right = dict.fromkeys(ks, 0)
         for start in range(0, len(val_targets), 512):
             distance = torch.cdist(val_pixels[side][start : start + 512], train_pixels[side])
@@ -52,13 +58,28 @@ def knn_baseline(
 
 
 def _pixels(dataset: Samples, sizes: Sequence[int]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """For each size the pixels (N, size * size * channels) in 0..1, and the targets (N,)."""
+    """For each size the pixels, and the targets (N,).
+
+    Of pictures (N, size * size * channels) in 0..1; of rasters (N, size, size, channels) in their own units.
+    """
     rows: dict[int, list[torch.Tensor]] = {side: [] for side in sizes}
     targets = []
     for index in range(len(dataset)):
         image, target = dataset[index]
         targets.append(target)
         for side in sizes:
-            small = np.array(image.resize((side, side), Image.Resampling.BOX))
-            rows[side].append(torch.from_numpy(small).flatten())
-    return {side: torch.stack(r).float() / 255 for side, r in rows.items()}, torch.tensor(targets)
+            if isinstance(image, np.ndarray):
+                rows[side].append(_shrink(torch.from_numpy(image), side))
+            else:
+                small = np.array(image.resize((side, side), Image.Resampling.BOX))
+                rows[side].append(torch.from_numpy(small).flatten() / 255)
+    return {side: torch.stack(r).float() for side, r in rows.items()}, torch.tensor(targets)
+
+
+def _shrink(raster: torch.Tensor, side: int) -> torch.Tensor:
+    """(H, W, C) -> (side, side, C) by the mean of the valid pixels; NaN where there is none."""
+    planes = raster.permute(2, 0, 1)
+    valid = ~planes.isnan()
+    pool = torch.nn.functional.adaptive_avg_pool2d
+    share = pool(valid.float(), side)
+    return torch.where(share > 0, pool(planes.nan_to_num(0.0), side) / share, torch.nan).permute(1, 2, 0)

@@ -17,10 +17,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 
-from vision_mamba.data.images import IMAGE_EXTENSIONS, check_in_chans, decode_image, is_image_name
+from vision_mamba.data.images import IMAGE_EXTENSIONS, PICTURE_CHANNELS, decode_image, is_image_name, raster_kind
+from vision_mamba.data.rasters import RasterProfile, decode_raster, is_tiff_name, read_profile
 from vision_mamba.errors import UserError, nearest
 
 _SYNONYMS = {
@@ -30,6 +32,7 @@ _SYNONYMS = {
 }
 _ALL_SPLITS = frozenset(name for names in _SYNONYMS.values() for name in names)
 _CLASS_LIST = "classnames.txt"
+SPLIT_FOLDER, SPLIT_CLASSES = "splits", "classes.txt"
 
 
 class Store(Protocol):
@@ -46,18 +49,28 @@ class ImageSet(torch.utils.data.Dataset):
     Attributes:
         classes: class names; a target is an index into them.
         targets: the target of each sample.
-        in_chans: channels of the images (1, 3 or 4).
+        in_chans: channels of the images.
         where: what was opened, for messages.
+        profile: what the files have in common where they are rasters; None where they are pictures (8-bit grey,
+            colour or four bands).
     """
 
     def __init__(
-        self, store: Store, targets: Sequence[int], classes: Sequence[str], *, in_chans: int, where: str
+        self,
+        store: Store,
+        targets: Sequence[int],
+        classes: Sequence[str],
+        *,
+        in_chans: int,
+        where: str,
+        profile: RasterProfile | None = None,
     ) -> None:
         self.store = store
         self.targets = list(targets)
         self.classes = list(classes)
         self.in_chans = in_chans
         self.where = where
+        self.profile = profile
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -66,13 +79,27 @@ class ImageSet(torch.utils.data.Dataset):
         """The name of a sample, as a user can find it (``shard.tar:member`` inside a tar)."""
         return self.store.name(index)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """The image (PIL, ``in_chans`` bands) and its target; UserError names an unreadable file."""
-        name = self.filename(index)
+    def read(self, index: int) -> bytes:
+        """A sample's file; UserError names one that cannot be read."""
         try:
-            data = self.store.read(index)
+            return self.store.read(index)
         except OSError as error:
-            raise UserError(f"cannot read image {name}: {error.strerror or error}") from None
+            raise UserError(f"cannot read image {self.filename(index)}: {error.strerror or error}") from None
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
+        """The image and its target: a PIL image, or of a raster what ``decode_raster`` gives.
+
+        Raises:
+            UserError: the file cannot be read, or is of another kind than the set; it is named.
+        """
+        name, data = self.filename(index), self.read(index)
+        if self.profile is not None:
+            return decode_raster(data, name, self.profile), self.targets[index]
+        if is_tiff_name(name) and (kind := raster_kind(data)):
+            raise UserError(
+                f"{name} is a raster of {kind}, but the set began with 8-bit pictures; use files of one kind, or name "
+                "the bands to read all as rasters (data.bands)"
+            )
         return decode_image(data, name, self.in_chans), self.targets[index]
 
     def __repr__(self) -> str:
@@ -86,8 +113,10 @@ def open_dataset(
     classes: Sequence[str] | None = None,
     image_key: str | None = None,
     target_key: str | None = None,
-    in_chans: int = 3,
+    in_chans: int | None = 3,
     val_fraction: float | None = None,
+    split_dir: str | None = None,
+    bands: Sequence[int | str] | None = None,
 ) -> ImageSet:
     """Opens one split of an image set and checks its structure.
 
@@ -95,6 +124,9 @@ def open_dataset(
         ``builtin``: the images that come with the package.
         A folder: ``root/<split>/<class>/**/image`` (ImageNet's layout too), or ``root/<class>/**/image`` with
             ``val_fraction``. ``val`` is also found as valid, validation, eval or test; ``train`` as training.
+        A folder with split lists: ``root/splits/<split>.txt``, as tools/prepare_data.py writes them. A line is a path
+            below the root, a tab and a class; without a class it is the name of the image's folder.
+            ``splits/classes.txt``, where there is one, names all classes in target order.
         A plain ``.tar`` of such a folder; read in place, never unpacked.
         WebDataset shards: a folder of ``.tar`` files, one ``.tar``, or a pattern such as
             ``shards/{split}-{000..010}.tar``. A sample is an image and a ``.cls`` member (index or class name).
@@ -109,14 +141,19 @@ def open_dataset(
             A class of the source that is not among them is an error. None takes the source's own, sorted.
         image_key: column of the image (Hugging Face, default ``image``) or extension (shards, default any).
         target_key: column of the label (default ``label``) or extension (default ``cls``).
-        in_chans: 1, 3 or 4.
+        in_chans: channels of an image: 1, 3 or 4 for pictures; rasters may have any number. None takes all bands of
+            .tif files, and 3 of other pictures.
         val_fraction: for a folder or tar without split folders, and for shards or Hugging Face sets without
             such a split: the part of each class's images that is ``val``, chosen by a hash of their names.
+        split_dir: for a folder: where its split lists are, if not in ``root/splits``.
+        bands: bands of rasters, by number from 1 or by description; as many as ``in_chans``. None takes all.
+
+    Files are read as rasters where ``bands`` is given, where ``in_chans`` is a number that no picture has, and where
+    the first .tif file holds more than 8-bit grey or colour, or declares nodata. All must then be of one type.
 
     Raises:
-        UserError: the source or the split is missing, or its structure or its classes are wrong.
+        UserError: the source or the split is missing, or its structure, its classes or its bands are wrong.
     """
-    check_in_chans(in_chans)
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must lie between 0 and 1")
     prefix, _, rest = source.partition(":")
@@ -127,9 +164,38 @@ def open_dataset(
     elif source == "builtin":
         store, labels, known, where = _open_tar_tree([builtin_path()], split, None)
     else:
-        store, labels, known, where = _open_path(source, split, image_key, target_key, val_fraction)
+        root = Path(source).expanduser()
+        lists = Path(split_dir).expanduser() if split_dir else root / SPLIT_FOLDER
+        if root.is_dir() and (split_dir or any(lists.glob("*.txt"))):
+            store, labels, known, where = _open_lists(root, lists, split)
+        else:
+            store, labels, known, where = _open_path(source, split, image_key, target_key, val_fraction)
+    if split_dir and not isinstance(store, FileStore):
+        raise UserError(f"split lists ({split_dir}) go with a folder of images, which {source} is not")
     names, targets = _to_targets(labels, known, classes, where)
-    return ImageSet(store, targets, names, in_chans=in_chans, where=where)
+    dataset = ImageSet(store, targets, names, in_chans=in_chans or 3, where=where)
+    profile = _find_profile(dataset, in_chans, bands)
+    if profile is not None:
+        dataset.profile, dataset.in_chans = profile, len(profile.bands)
+    return dataset
+
+
+def _find_profile(dataset: ImageSet, in_chans: int | None, bands: Sequence[int | str] | None) -> RasterProfile | None:
+    """The raster profile of a set, from the header of one file; None for pictures."""
+    index = 0
+    if bands is None and (in_chans is None or in_chans in PICTURE_CHANNELS):
+        index = next((i for i in range(len(dataset)) if is_tiff_name(dataset.filename(i))), -1)
+        if index < 0 or (in_chans is not None and raster_kind(dataset.read(index)) is None):
+            return None
+    name = dataset.filename(index)
+    profile = read_profile(dataset.read(index), name, bands)
+    if in_chans is not None and len(profile.bands) != in_chans:
+        picked = f"{len(profile.bands)} bands are picked" if bands else f"{name} has {profile.count} band(s)"
+        raise UserError(
+            f"{picked}, but in_chans={in_chans} (the model's): set model.in_chans={len(profile.bands)}, or pick "
+            f"{in_chans} bands with data.bands"
+        )
+    return profile
 
 
 def builtin_path() -> Path:
@@ -146,25 +212,51 @@ def check_head(dataset: ImageSet, num_classes: int) -> None:
         )
 
 
-def check_images(dataset: ImageSet, *, progress: bool = True) -> list[str]:
+def check_images(dataset: ImageSet, *, progress: bool = True, num_workers: int = 0) -> list[str]:
     """Decodes every image.
 
     Args:
         dataset: the set to check.
         progress: show a bar.
+        num_workers: processes; 0 reads in the caller's.
 
     Returns:
-        One line for each file that cannot be read; an empty list when all can.
+        One line for each file that cannot be read, is of another kind than the set, or is a raster of nothing but
+        nodata; an empty list when all is well.
     """
     from tqdm import tqdm
 
-    bad = []
-    for index in tqdm(range(len(dataset)), desc="check images", unit="img", disable=None if progress else True):
-        try:
-            dataset[index]
-        except UserError as error:
-            bad.append(str(error))
+    loader = torch.utils.data.DataLoader(
+        _Complaints(dataset),
+        batch_size=16,
+        num_workers=num_workers,
+        collate_fn=list,
+        # Without a generator of its own, DataLoader draws from the global one.
+        generator=torch.Generator(),
+    )
+    bad: list[str] = []
+    with tqdm(total=len(dataset), desc="check images", unit="img", disable=None if progress else True) as bar:
+        for lines in loader:
+            bad += filter(None, lines)
+            bar.update(len(lines))
     return bad
+
+
+class _Complaints(torch.utils.data.Dataset):
+    """What is wrong with each sample of a set, as a line; ``""`` where nothing is."""
+
+    def __init__(self, dataset: ImageSet) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.dataset[index]
+        except UserError as error:
+            return str(error)
+        return ""
 
 
 def _to_targets(
@@ -201,6 +293,90 @@ def _to_targets(
             f"training{nearest(strangers[0], names) or '; remove it or add it to the training split'}"
         )
     return names, [index[word] for word in words]
+
+
+# Folders with split lists
+
+
+def _open_lists(root: Path, folder: Path, split: str):
+    stems = sorted(p.stem for p in folder.glob("*.txt") if p.name != SPLIT_CLASSES)
+    own = _find_split(split, stems)
+    if own is None:
+        found = f" (found: {', '.join(stems)})" if stems else ""
+        raise UserError(f"{folder} has no split list {split}.txt{found}{nearest(split, stems)}")
+    path = folder / f"{own}.txt"
+    rows = read_split_list(path)
+    if not rows:
+        raise UserError(f"split list {path} names no images; write it again with tools/prepare_data.py")
+    known = None
+    if (folder / SPLIT_CLASSES).is_file():
+        known = [line.strip() for line in (folder / SPLIT_CLASSES).read_text().splitlines() if line.strip()]
+        strange = sorted({label for _, label in rows} - set(known))
+        if strange:
+            raise UserError(
+                f"class {strange[0]!r} of {path} is not in {folder / SPLIT_CLASSES}{nearest(strange[0], known)}"
+            )
+        lacking = [name for name in known if name not in {label for _, label in rows}]
+        if own in _SYNONYMS["train"] and lacking:
+            raise UserError(f"class {lacking[0]!r} of {folder / SPLIT_CLASSES} has no image in {path}")
+    names = [name for name, _ in rows]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"split list {path} names {twice[0]} more than once; remove the repeated line")
+    _check_listed(root, names, path)
+    return FileStore(root, names), [label for _, label in rows], known, str(path)
+
+
+def read_split_list(path: Path) -> list[tuple[str, str]]:
+    """The (image path, class) rows of a split list; see ``open_dataset``.
+
+    Raises:
+        UserError: the file cannot be read, or a line has no class and no folder to name one.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read split list {path}: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, tab, label = line.strip().partition("\t")
+        name, label = name.strip().replace("\\", "/"), label.strip()
+        if not tab:
+            label = name.split("/")[-2] if "/" in name else ""
+        if not label:
+            raise UserError(f"line {number} of {path} has no class: {line.strip()!r}; write path, tab, class")
+        rows.append((name, label))
+    return rows
+
+
+def _check_listed(root: Path, names: Sequence[str], path: Path) -> None:
+    """Raises UserError unless every file exists; folders are listed once, as a stat a file would take minutes."""
+    listed: dict[str, frozenset[str]] = {}
+    missing = []
+    for name in names:
+        folder, _, base = name.rpartition("/")
+        if folder not in listed:
+            try:
+                listed[folder] = frozenset(os.listdir(root / folder))
+            except OSError:
+                listed[folder] = frozenset()
+        if base not in listed[folder]:
+            missing.append(name)
+    if not missing:
+        return
+    # The first part of the path that does not exist is where the slip is.
+    parent, *rest = root, *missing[0].split("/")
+    while len(rest) > 1 and (parent / rest[0]).is_dir():
+        parent, rest = parent / rest[0], rest[1:]
+    beside = os.listdir(parent) if parent.is_dir() else []
+    what = "folder" if len(rest) > 1 else "file"
+    hint = nearest(rest[0], beside)
+    hint = f": no {what} {rest[0]!r} in {parent}{hint}" if hint or what == "folder" else ""
+    raise UserError(
+        f"{path} names {len(missing)} of {len(names)} images that {root} lacks, the first {missing[0]}{hint}"
+    )
 
 
 # Folders and tars that hold root/<split>/<class>/image

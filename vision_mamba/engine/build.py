@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import sys
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import timm
@@ -24,6 +25,7 @@ from vision_mamba.data import (
     check_images,
     create_loader,
     open_dataset,
+    read_statistics,
 )
 from vision_mamba.engine.checkpoint import FORMAT
 from vision_mamba.engine.config import Config
@@ -50,7 +52,7 @@ def build_model(config: Config, num_classes: int, *, pretrained: bool) -> tuple[
         args["img_size"] = wanted.img_size
     rates = {k: v for k in ("drop_rate", "drop_path_rate") if (v := getattr(wanted, k))}
     try:
-        model = _create(wanted.name, args, pretrained=pretrained, **rates)
+        model = create_any_size(wanted.name, args, pretrained=pretrained, **rates)
     except Exception as e:  # whatever a constructor or a download raises is about these arguments
         given = ", ".join(f"{k}={v}" for k, v in {**args, **rates}.items())
         raise UserError(f"model {wanted.name} cannot be created with {given}: {_first_line(e)}") from None
@@ -62,9 +64,23 @@ def build_model(config: Config, num_classes: int, *, pretrained: bool) -> tuple[
     return model, args
 
 
-def input_config(config: Config, model: nn.Module) -> dict[str, Any]:
-    """What the model's input must look like: `input_size` (C, H, W), `mean`, `std`, `interpolation`, `crop_pct`."""
+def input_config(config: Config, model: nn.Module, images: ImageSet) -> dict[str, Any]:
+    """What the model's input must look like: `input_size` (C, H, W), `mean`, `std`, `interpolation`, `crop_pct`.
+
+    `raster` is None for pictures, else the fields of the rasters' profile: `dtype`, `count`, `names`, `bands`.
+
+    Raises:
+        UserError: The statistics do not fit the images, or images without a range of their own have none.
+    """
     own = resolve_model_data_config(model)
+    mean, std = config.data.mean, config.data.std
+    if config.data.statistics:
+        mean, std = read_statistics(config.data.statistics, images)
+    elif images.profile is not None and images.profile.needs_statistics and (mean is None or std is None):
+        raise UserError(
+            f"{images.where} holds {images.profile.dtype} rasters, which the model's own mean and std do not fit: set "
+            "data.statistics to a file of tools/band_statistics.py, or data.mean and data.std"
+        )
     chans, size = config.model.in_chans, config.model.img_size
     height, width = (size, size) if size is not None else own["input_size"][-2:]
 
@@ -78,10 +94,11 @@ def input_config(config: Config, model: nn.Module) -> dict[str, Any]:
 
     return {
         "input_size": [chans, height, width],
-        "mean": per_channel(config.data.mean, own["mean"]),
-        "std": per_channel(config.data.std, own["std"]),
+        "mean": per_channel(mean, own["mean"]),
+        "std": per_channel(std, own["std"]),
         "interpolation": config.data.interpolation,
         "crop_pct": config.data.crop_pct,
+        "raster": None if images.profile is None else asdict(images.profile),
     }
 
 
@@ -158,24 +175,44 @@ def set_train_mode(model: nn.Module) -> None:
 
 
 def open_data(config: Config) -> tuple[ImageSet, ImageSet]:
-    """The training and the validation images, with the same classes in the same order."""
+    """The training and the validation images, with the same classes in the same order.
+
+    Raises:
+        UserError: The source is wrong, the two splits are of different kinds, or an image is in both.
+    """
     wanted = config.data
     options = {
         "in_chans": config.model.in_chans,
         "image_key": wanted.image_key,
         "target_key": wanted.target_key,
         "val_fraction": wanted.val_fraction,
+        "split_dir": wanted.split_dir,
+        "bands": wanted.bands,
     }
     train_set = open_dataset(wanted.source, wanted.train_split, classes=wanted.classes, **options)
     val_set = open_dataset(wanted.source, wanted.val_split, classes=train_set.classes, **options)
+    kinds = [_kind(images) for images in (train_set, val_set)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{train_set.where} holds {kinds[0]}, but {val_set.where} holds {kinds[1]}; use one kind")
+    if wanted.train_split != wanted.val_split:
+        known = {train_set.filename(i) for i in range(len(train_set))}
+        both = [name for i in range(len(val_set)) if (name := val_set.filename(i)) in known]
+        if both:
+            raise UserError(f"{len(both)} images are in {train_set.where} and in {val_set.where} too, first {both[0]}")
     return train_set, val_set
 
 
-def check_readable(*sets: ImageSet) -> None:
+def _kind(images: ImageSet) -> str:
+    profile = images.profile
+    return "8-bit pictures" if profile is None else f"rasters of {profile.count} {profile.dtype} bands"
+
+
+def check_readable(*sets: ImageSet, num_workers: int = 0) -> None:
     """Decodes all images, so that a damaged one is found before the run and not hours into it."""
-    bad = [line for images in sets for line in check_images(images, progress=sys.stderr.isatty())]
+    bar = sys.stderr.isatty()
+    bad = [line for images in sets for line in check_images(images, progress=bar, num_workers=num_workers)]
     if bad:
-        more = f" ({len(bad) - 1} more cannot be read either)" if len(bad) > 1 else ""
+        more = f" ({len(bad) - 1} more of {sum(map(len, sets))} images cannot be used either)" if len(bad) > 1 else ""
         raise UserError(bad[0] + more)
 
 
@@ -196,6 +233,7 @@ def build_loaders(
         "mean": data_config["mean"],
         "std": data_config["std"],
         "interpolation": data_config["interpolation"],
+        "raster": data_config["raster"] is not None,
     }
     train_transform = build_transform(
         split="train",
@@ -207,6 +245,7 @@ def build_loaders(
         auto_augment=augment.auto_augment,
         reprob=augment.reprob,
         library=augment.library,
+        recipe=augment.recipe,
         albumentations=augment.albumentations,
         **shared,
     )
@@ -284,7 +323,9 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, updates_per
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=wanted.name,
-        num_epochs=wanted.epochs,
+        # timm adds the warm-up to the epochs where it is a prefix; ours are all of them.
+        num_epochs=wanted.epochs - (wanted.warmup_epochs if wanted.warmup_prefix else 0),
+        warmup_prefix=wanted.warmup_prefix,
         warmup_epochs=wanted.warmup_epochs,
         warmup_lr=wanted.warmup_lr,
         min_lr=wanted.min_lr,
@@ -303,13 +344,13 @@ def head_lr(optimizer: torch.optim.Optimizer) -> float:
     return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
-def _create(name: str, args: dict[str, Any], **others: Any) -> nn.Module:
+def create_any_size(name: str, args: dict[str, Any], **others: Any) -> nn.Module:
+    """`timm.create_model`; takes `img_size` out of `args` for models without that argument, which any size fits."""
     try:
         return timm.create_model(name, **args, **others)
     except TypeError as e:
         if "img_size" not in args or "'img_size'" not in str(e):
             raise
-        # Convolutional models have no such argument: they take any size.
         del args["img_size"]
         return timm.create_model(name, **args, **others)
 

@@ -32,7 +32,7 @@ def write_text(text: str, path: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Deletes the temporary files of a writer that was killed."""
-    for pattern in (*(f"{name}.tmp" for name in RUN_FILES), ".curves.*.png", ".confusion.*.png"):
+    for pattern in (*(f"{name}.tmp" for name in RUN_FILES), ".curves.*.png", ".confusion.*.png", ".per_class.*.csv"):
         for path in folder.glob(pattern):
             path.unlink()
 

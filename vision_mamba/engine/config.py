@@ -47,7 +47,7 @@ class ModelConfig:
 
     name: str = _key("vim_tiny_patch16_224", "timm model name; every model of this package is one")
     img_size: int | None = _key(None, "image side in pixels; null takes the model's own", low=1)
-    in_chans: int = _key(3, "image channels: 1, 3 or 4", low=1)
+    in_chans: int = _key(3, "image channels: 1, 3 or 4 of pictures, any number of rasters", low=1)
     num_classes: int | None = _key(None, "classes of the head; null takes the number the data has", low=1)
     drop_rate: float = _key(0.0, "dropout before the head", low=0, high=0.999)
     drop_path_rate: float = _key(0.0, "stochastic depth of the last block", low=0, high=0.999)
@@ -68,17 +68,27 @@ class DataConfig:
     val_fraction: float | None = _key(
         None, "part of each class held out where the source has no validation split", above=0, high=0.999
     )
+    split_dir: str | None = _key(None, "folder of split lists; null: splits/ in the source, where there is one")
     train_split: str = _key("train", "name of the training split")
     val_split: str = _key("val", "name of the validation split")
     classes: list[str] | None = _key(None, "class names to use, in label order; null: the source's own")
+    bands: list | None = _key(
+        None, "bands of rasters to use, by number (from 1) or name; null: all; as many as model.in_chans"
+    )
     check_images: bool = _key(
-        True, "decode every image before a new run begins; false for sets of millions", may_change=True
+        True,
+        "before a new run decode every image: damaged ones, other band counts or types, nothing but nodata; false for "
+        "sets of millions",
+        may_change=True,
     )
     batch_size: int = _key(64, "images per process in one forward pass", low=1)
     eval_batch_size: int | None = _key(None, "the same in evaluation; null: batch_size", low=1, may_change=True)
     num_workers: int = _key(4, "loader processes per training process; 0 loads in line", low=0, may_change=True)
     pin_memory: bool = _key(True, "page-locked host memory (GPU only)", may_change=True)
-    mean: list[float] | None = _key(None, "channel means of images in 0..1; null takes the model's")
+    statistics: str | None = _key(None, "file of tools/band_statistics.py with the bands' mean and std")
+    mean: list[float] | None = _key(
+        None, "channel means, of 8-bit images in 0..1, of others in their own units; null takes the model's"
+    )
     std: list[float] | None = _key(None, "channel standard deviations; null takes the model's")
     interpolation: str = _key("bicubic", "resize filter: bicubic, bilinear, nearest, lanczos ...")
     crop_pct: float = _key(0.875, "part of the resized image kept in evaluation", above=0, high=1)
@@ -89,6 +99,11 @@ class AugmentConfig:
     """Random changes of the training images."""
 
     library: str = _key("timm", "who transforms the images", choices=("timm", "albumentations"))
+    recipe: str | None = _key(
+        None,
+        "named pipeline instead of the keys below up to reprob, scale and ratio excepted: overhead, overhead_geometry",
+        choices=("overhead", "overhead_geometry"),
+    )
     albumentations: list = _key([], "the pipeline where library is albumentations: a list of {Name: {argument: value}}")
     scale: list[float] = _key([0.08, 1.0], "range of the area of the random resized crop")
     ratio: list[float] = _key([0.75, 4 / 3], "range of width / height of the crop")
@@ -131,6 +146,7 @@ class ScheduleConfig:
     epochs: int = _key(300, "passes over the training split, warm-up included, cooldown not", low=1)
     warmup_epochs: int = _key(5, "linear warm-up", low=0)
     warmup_lr: float = _key(1e-6, "learning rate where warm-up starts", low=0)
+    warmup_prefix: bool = _key(False, "the shape begins after warm-up; false: at epoch 0, hidden by warm-up at first")
     min_lr: float = _key(1e-5, "learning rate where the schedule ends", low=0)
     cooldown_epochs: int = _key(0, "further epochs at min_lr", low=0)
     decay_epochs: int = _key(30, "interval of the step schedule", low=1)
@@ -298,6 +314,21 @@ def check_combinations(config: Config) -> None:
         )
     if optimizer.betas and not all(0 <= beta < 1 for beta in optimizer.betas):
         raise UserError(f"optimizer.betas must lie in 0..1, not {optimizer.betas}")
+    if data.bands is not None:
+        if not data.bands or not all(isinstance(b, (int, str)) and not isinstance(b, bool) for b in data.bands):
+            raise UserError(f"data.bands must list band numbers (from 1) or names, not {data.bands}")
+        if len(data.bands) != config.model.in_chans:
+            raise UserError(
+                f"data.bands picks {len(data.bands)} bands, but model.in_chans is {config.model.in_chans}: "
+                f"set model.in_chans={len(data.bands)}"
+            )
+    if data.statistics and (data.mean is not None or data.std is not None):
+        raise UserError("data.statistics and data.mean or data.std are both set: choose one")
+    if augment.recipe:
+        others = ("library", "albumentations", "hflip", "vflip", "color_jitter", "auto_augment", "reprob")
+        changed = [name for name in others if getattr(augment, name) != getattr(AugmentConfig(), name)]
+        if changed:
+            raise UserError(f"augment.recipe={augment.recipe} leaves no place for augment.{changed[0]}: unset one")
     for name, values in (("mean", data.mean), ("std", data.std)):
         if values is not None and len(values) not in (1, config.model.in_chans):
             raise UserError(f"data.{name} has {len(values)} values for model.in_chans={config.model.in_chans}")

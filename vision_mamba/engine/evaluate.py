@@ -13,12 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from vision_mamba.checkpoint import find_state_dict, load_checkpoint, read_checkpoint
-from vision_mamba.data import ImageSet, build_transform, check_head, open_dataset
+from vision_mamba.data import (
+    ImageSet,
+    RasterProfile,
+    build_transform,
+    check_head,
+    decode_image,
+    decode_raster,
+    open_dataset,
+)
+from vision_mamba.engine.build import create_any_size
 from vision_mamba.engine.checkpoint import FORMAT
 from vision_mamba.engine.plots import plot_confusion, replacing
 from vision_mamba.errors import UserError, nearest
@@ -51,6 +61,8 @@ def evaluate(
 
     Returns:
         ``top1``, ``top5`` (only from five classes on) and ``loss`` (mean cross-entropy) over ``images`` images;
+        ``precision``, ``recall`` and ``f1``, each the mean over the classes (macro), as in the RSMamba paper; a class
+        that no image has and none is taken for is left out;
         ``images_per_second`` of the whole loop over all ranks, loading included; ``confusion``, a (classes, classes)
         int64 CPU tensor, row = label; ``per_class``, a list of dictionaries with ``precision``, ``recall``, ``f1``
         (0 where undefined) and ``support`` (images of the class). Rates are in 0..1.
@@ -92,7 +104,7 @@ def evaluate(
     total = int(confusion.sum())
     if total == 0:
         raise UserError("there are no images to evaluate")
-    result = {
+    result: dict[str, Any] = {
         "top1": confusion.diagonal().sum().item() / total,
         "loss": loss.compute().item(),
         "images": total,
@@ -100,6 +112,10 @@ def evaluate(
         "confusion": confusion,
         "per_class": _per_class(confusion),
     }
+    seen_classes = (confusion.sum(0) + confusion.sum(1) > 0).tolist()
+    occurring = [row for row, occurs in zip(result["per_class"], seen_classes, strict=True) if occurs]
+    for name in ("precision", "recall", "f1"):
+        result[name] = sum(row[name] for row in occurring) / len(occurring)
     if top5 is not None:
         result["top5"] = top5.compute().item()
     return result
@@ -131,17 +147,27 @@ def write_report(result: dict[str, Any], classes: Sequence[str], folder: str | o
     """
     folder = Path(folder)
     files = [folder / "metrics.json", folder / "per_class.csv", folder / "confusion.png"]
-    rows = [{"class": name, **row} for name, row in zip(classes, result["per_class"], strict=True)]
+    rows = _class_rows(result, classes)
     plain = {**about, **{k: v for k, v in result.items() if k not in ("confusion", "per_class")}}
     plain |= {"per_class": rows, "confusion": result["confusion"].tolist()}
     with replacing(files[0]) as temporary:
         temporary.write_text(json.dumps(plain, indent=1) + "\n")
-    with replacing(files[1]) as temporary, open(temporary, "w", newline="") as file:
+    write_per_class(result, classes, files[1])
+    plot_confusion(result["confusion"], classes, files[2])
+    return files
+
+
+def write_per_class(result: dict[str, Any], classes: Sequence[str], path: Path) -> None:
+    """Writes precision, recall, F1 and support of each class as CSV."""
+    rows = _class_rows(result, classes)
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    plot_confusion(result["confusion"], classes, files[2])
-    return files
+
+
+def _class_rows(result: dict[str, Any], classes: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"class": name, **row} for name, row in zip(classes, result["per_class"], strict=True)]
 
 
 @dataclass
@@ -153,6 +179,7 @@ class TrainedModel:
         classes: what the logits mean, for people.
         labels: the same as the data names them (folder names), or None where the checkpoint does not say.
         data_config: ``input_size`` (channels, height, width), ``mean``, ``std``, ``interpolation``, ``crop_pct``.
+        profile: what rasters it was trained on, or None where it was trained on pictures.
         source: the data it was trained on, where the checkpoint says so.
         description: which weights of which model, for messages.
     """
@@ -161,11 +188,26 @@ class TrainedModel:
     classes: list[str]
     labels: list[str] | None
     data_config: dict[str, Any]
+    profile: RasterProfile | None
     source: str | None
     description: str
 
-    def transform(self) -> Callable[[Image.Image], torch.Tensor]:
-        """The evaluation transform, from a PIL image to a float32 tensor of ``input_size``."""
+    def decode(self, data: bytes, name: str) -> Image.Image | np.ndarray:
+        """An image file as this model's transform wants it: a PIL image, or an array where it was trained on rasters.
+
+        Raises:
+            UserError: the file cannot be read, or is of another kind than the model was trained on.
+        """
+        if self.profile is not None:
+            return decode_raster(data, name, self.profile)
+        return decode_image(data, name, self.data_config["input_size"][0])
+
+    def transform(self, *, raster: bool | None = None) -> Callable[[Any], torch.Tensor]:
+        """The evaluation transform, from an image to a float32 tensor of ``input_size``.
+
+        Args:
+            raster: images are arrays, as those of a set with a profile are; None: as in training.
+        """
         config = self.data_config
         channels, *size = config["input_size"]
         return build_transform(
@@ -176,16 +218,26 @@ class TrainedModel:
             std=config["std"],
             interpolation=config["interpolation"],
             crop_pct=config["crop_pct"],
+            raster=self.profile is not None if raster is None else raster,
         )
 
     def open_dataset(self, source: str, split: str, **options: Any) -> ImageSet:
-        """Opens data whose targets are this model's classes; UserError where the classes do not fit."""
+        """Opens data whose targets are this model's classes; UserError where classes or bands do not fit."""
         options["in_chans"] = self.data_config["input_size"][0]
+        options["bands"] = self.profile.bands if self.profile else None
         data = open_dataset(source, split, classes=self.labels, **options)
         if self.labels is None and len(self.classes) == 1000 and set(data.classes) <= set(_imagenet_labels()):
             # A part of ImageNet keeps ImageNet's indices.
             data = open_dataset(source, split, classes=_imagenet_labels(), **options)
         check_head(data, len(self.classes))
+        trained = (
+            (self.profile.dtype, self.profile.count) if self.profile else ("uint8", self.data_config["input_size"][0])
+        )
+        if data.profile is not None and (data.profile.dtype, data.profile.count) != trained:
+            raise UserError(
+                f"{data.where} holds rasters of {data.profile.count} {data.profile.dtype} bands, but the model was "
+                f"trained on {trained[1]} {trained[0]} bands; give images of that kind"
+            )
         return data
 
 
@@ -234,7 +286,7 @@ def load_trained(
     if size is not None:
         args["img_size"] = size if size[0] != size[1] else size[0]
     try:
-        model = timm.create_model(name, **args).eval()
+        model = create_any_size(name, args).eval()
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot make {name} with {args}: {error}") from None
     try:
@@ -258,9 +310,20 @@ def load_trained(
         classes=classes or [str(i) for i in range(count)],
         labels=labels,
         data_config=config,
+        profile=_profile(config, path),
         source=saved["data"].get("source") if ours and saved.get("data") else None,
         description=f"{name}, {'averaged ' if averaged else ''}weights of {path}",
     )
+
+
+def _profile(config: dict[str, Any], path: Path) -> RasterProfile | None:
+    raster = config.get("raster")
+    if not raster:
+        return None
+    try:
+        return RasterProfile(raster["dtype"], raster["count"], tuple(raster["names"]), tuple(raster["bands"]))
+    except (KeyError, TypeError):
+        raise UserError(f"checkpoint {path} lacks a part of data_config.raster; save it with tools/train.py") from None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:

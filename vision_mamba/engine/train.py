@@ -31,12 +31,12 @@ from vision_mamba.engine.distributed import (
     start_processes,
     stop_processes,
 )
-from vision_mamba.engine.evaluate import AMP_DTYPES, evaluate
+from vision_mamba.engine.evaluate import AMP_DTYPES, evaluate, write_per_class
 from vision_mamba.engine.logs import EpochLog, Progress
 from vision_mamba.engine.plots import plot_confusion, plot_curves
 from vision_mamba.errors import UserError
 
-METRICS = ("loss", "top1", "top5")  # of `evaluate`; there is no top5 below five classes
+METRICS = ("loss", "top1", "top5", "precision", "recall", "f1")  # of `evaluate`; there is no top5 below five classes
 
 
 def train(config: Config, output: Path, *, resume: str | Path | None = None) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
     Args:
         config: What to train.
         output: Folder of the run: `config.yaml`, `last.pth`, `best.pth`, `log.csv`, `curves.png`, `confusion.png`,
-            `tensorboard/`.
+            `per_class.csv`, `tensorboard/`.
         resume: None starts a new run and wants `output` free of one; "auto" continues from `output/last.pth` where
             there is one and starts anew otherwise; a path continues from that checkpoint, which lies in `output`.
 
@@ -70,7 +70,7 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
     classes = list(train_set.classes)
     new = saved is None
     model, model_args = build.build_model(config, len(classes), pretrained=config.model.pretrained and new)
-    data_config = build.input_config(config, model)
+    data_config = build.input_config(config, model, train_set)
     model.to(device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -98,7 +98,7 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
     best = {"epoch": 0, "top1": -1.0, "loss": 0.0}
     meter = torch.zeros(2, dtype=torch.float64)  # loss summed over images, and images, of this epoch so far
     if saved is not None:
-        check_same_run(saved, config, classes, len(train_set), world_size)
+        check_same_run(saved, config, data_config, classes, len(train_set), world_size)
         model.load_state_dict(saved["state_dict"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
@@ -112,7 +112,7 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
         if not (output / checkpoint.BEST).exists():  # the run's last.pth was taken elsewhere alone
             best = {"epoch": 0, "top1": -1.0, "loss": 0.0}
     elif main and config.data.check_images:
-        build.check_readable(train_set, val_set)
+        build.check_readable(train_set, val_set, num_workers=config.data.num_workers)
 
     # Only now is anything written. All processes have passed the checks when the first one begins.
     barrier()
@@ -272,6 +272,7 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
         if config.output.plots:
             plot_curves(log.rows, output / "curves.png")
             plot_confusion(best_result["confusion"], classes, output / "confusion.png")
+        write_per_class(best_result, classes, output / "per_class.csv")
         if config.train.knn_baseline:
             knn = knn_baseline(train_set, val_set)
         print_result(output, epochs, result, best["epoch"], best_result, knn, averaged=ema is not None)
@@ -304,7 +305,14 @@ def find_state(output: Path, resume: str | Path | None) -> dict[str, Any] | None
     return checkpoint.read_training_state(Path(resume))
 
 
-def check_same_run(saved: dict[str, Any], config: Config, classes: list[str], images: int, processes: int) -> None:
+def check_same_run(
+    saved: dict[str, Any],
+    config: Config,
+    data_config: dict[str, Any],
+    classes: list[str],
+    images: int,
+    processes: int,
+) -> None:
     """Raises UserError naming what differs between a checkpoint's run and this one."""
     keys = changed_keys(saved["config"], config_to_dict(config))
     if keys:
@@ -318,6 +326,12 @@ def check_same_run(saved: dict[str, Any], config: Config, classes: list[str], im
             f"the data changed since the checkpoint: {len(saved['classes'])} classes and {data['train_images']} "
             f"training images then, {len(classes)} and {images} now"
         )
+    for name in ("mean", "std"):
+        if saved["data_config"][name] != data_config[name]:
+            raise UserError(
+                f"the images' {name} is no longer that of the checkpoint ({config.data.statistics or 'the model'} has "
+                "changed); restore it, or start a new run with model.checkpoint"
+            )
     if data["world_size"] != processes:
         raise UserError(
             f"the checkpoint was trained by {data['world_size']} processes, this run has {processes}: "
@@ -365,7 +379,9 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
     text = f"epoch {row['epoch']}/{epochs}  train loss {row['train_loss']:.4f}"
     for name in ("val", "ema"):
         if f"{name}_top1" in row:
-            text += f"  {name} loss {row[f'{name}_loss']:.4f} top-1 {row[f'{name}_top1']:.2%}"
+            text += (
+                f"  {name} loss {row[f'{name}_loss']:.4f} top-1 {row[f'{name}_top1']:.2%} F1 {row[f'{name}_f1']:.2%}"
+            )
     return f"{text}  {row['images_per_s']:.1f} images/s"
 
 
@@ -381,10 +397,14 @@ def print_result(
 ) -> None:
     """Prints the closing table and where everything is."""
     rows = [(f"last epoch ({epochs})", last), (f"best epoch ({best_epoch})", best)]
-    print(f"\n{'validation' + (', averaged weights' if averaged else ''):36s}{'top-1':>9s}{'top-5':>9s}{'loss':>9s}")
+    print(
+        f"\n{'validation' + (', averaged weights' if averaged else ''):36s}{'top-1':>9s}{'top-5':>9s}"
+        f"{'precision':>11s}{'recall':>9s}{'F1':>9s}{'loss':>9s}"
+    )
     for name, result in rows:
         top5 = f"{result['top5']:.2%}" if "top5" in result else "-"
-        print(f"{name:36s}{result['top1']:9.2%}{top5:>9s}{result['loss']:9.4f}")
+        macro = f"{result['precision']:11.2%}{result['recall']:9.2%}{result['f1']:9.2%}"
+        print(f"{name:36s}{result['top1']:9.2%}{top5:>9s}{macro}{result['loss']:9.4f}")
     if knn is not None:
         print(f"{'nearest neighbours on pixels':36s}{knn:9.2%}")
     print(f"\nwritten to {output}: {', '.join(sorted(p.name for p in output.iterdir()))}")
