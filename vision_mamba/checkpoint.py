@@ -171,6 +171,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return dict(loaded)
 
 
+def _nothing(owner: Any, name: str) -> None:
+    """In place of ``getattr``, by which mmengine's logs refer to methods of theirs."""
+
+
 def official_globals() -> AbstractContextManager[None]:
     """While it is entered, ``weights_only`` loading accepts what official files hold beside their weights.
 
@@ -182,6 +186,7 @@ def official_globals() -> AbstractContextManager[None]:
     scalar, array = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 2 moved them
         data += [(scalar, f"{module}.scalar"), (array, f"{module}._reconstruct")]
+    data.append((_nothing, "builtins.getattr"))
     data += [(OrderedDict, name) for name in ("yacs.config.CfgNode", "mmengine.logging.history_buffer.HistoryBuffer")]
     return torch.serialization.safe_globals(data)
 

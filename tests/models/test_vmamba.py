@@ -145,12 +145,19 @@ def test_official_file_with_its_configuration(tmp_path, monkeypatch):
 
 def test_backbone_of_a_detector(tmp_path, monkeypatch):
     """mmengine's files: ``backbone.`` among other parts, and the runner's logs with numpy arrays in them."""
-    HistoryBuffer = type("HistoryBuffer", (), {"__module__": "mmengine.logging.history_buffer"})
+
+    class HistoryBuffer:
+        def mean(self):
+            return 0
+
+    for item, name in ((HistoryBuffer, "HistoryBuffer"), (HistoryBuffer.mean, "HistoryBuffer.mean")):
+        item.__module__, item.__qualname__ = "mmengine.logging.history_buffer", name
     module = types.ModuleType("mmengine.logging.history_buffer")
     module.HistoryBuffer = HistoryBuffer
     log = HistoryBuffer()
     log.history = np.array([1.5, 2.5])
     log.count = np.int64(2)
+    log.methods = {"mean": HistoryBuffer.mean}  # pickled as getattr(HistoryBuffer, "mean")
     state = official_state(load_case("vmamba_tinycfg_backbone_v05_noz_ln2d_64x96"))
     file = {f"backbone.{k}": v for k, v in state.items()}
     file["neck.lateral_convs.0.conv.weight"] = torch.zeros(1)

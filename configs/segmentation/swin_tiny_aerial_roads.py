@@ -1,0 +1,13 @@
+# Peer, from scratch, on the sample set.
+_base_ = [
+    "_base_/models/upernet_swin.py",
+    "_base_/datasets/aerial_roads.py",
+    "_base_/schedules/2k.py",
+    "_base_/runtime.py",
+]
+model = dict(
+    data_preprocessor=dict(size=(320, 320)),
+    decode_head=dict(num_classes=2),
+    auxiliary_head=dict(num_classes=2),
+)
+optim_wrapper = dict(optimizer=dict(lr=3e-4))

@@ -1,0 +1,15 @@
+_base_ = [
+    "_base_/models/upernet_vim.py",
+    "_base_/datasets/ade20k.py",
+    "_base_/schedules/60k.py",
+    "_base_/runtime.py",
+]
+model = dict(
+    backbone=dict(model_name="vim_small_patch16_224"),
+    neck=dict(embed_dim=384),
+    decode_head=dict(in_channels=[384, 384, 384, 384], channels=384, num_classes=150),
+    auxiliary_head=dict(in_channels=384, num_classes=150),
+)
+# The published script's value.
+train_dataloader = dict(batch_size=8)
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay=0.95))

@@ -1,0 +1,14 @@
+# From scratch, on the sample set; see --cfg-options model.backbone.pretrained=FILE.
+_base_ = [
+    "_base_/models/upernet_vmamba.py",
+    "_base_/datasets/aerial_roads.py",
+    "_base_/schedules/2k.py",
+    "_base_/runtime.py",
+]
+model = dict(
+    data_preprocessor=dict(size=(320, 320)),
+    backbone=dict(pretrained=False),
+    decode_head=dict(num_classes=2),
+    auxiliary_head=dict(num_classes=2),
+)
+optim_wrapper = dict(optimizer=dict(lr=3e-4))
