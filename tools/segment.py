@@ -1,0 +1,112 @@
+"""Segments whole rasters of any size: a georeferenced class map, confidence, outlines, areas and a picture.
+
+    python tools/segment.py configs/segmentation/vmamba_tiny_loveda.py best.pth scene.tif --out maps
+    python tools/segment.py CONFIG CHECKPOINT a.tif b.vrt c.jp2 --out maps --window 1024 --polygons gpkg --tta flips
+    torchrun --nproc-per-node 4 tools/segment.py CONFIG CHECKPOINT huge.tif --out maps --resume
+    python tools/segment.py model.pt2 - scene.tif --classes field forest water --mean 123.7 116.3 103.5 --std 58 57 57
+
+CONFIG is one of configs/segmentation or any config of mmsegmentation; or a model in one file (.pt2, .onnx), with - for
+the checkpoint. A scene that another run began goes on with --resume. The exit status is 2 where a scene failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from vision_mamba.engine.distributed import start_processes, stop_processes
+from vision_mamba.engine.evaluate import AMP_DTYPES, choose_device
+from vision_mamba.errors import UserError, run_main
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="config of mmsegmentation, or an exported model (.pt2, .onnx)")
+    parser.add_argument("checkpoint", help="weights of the config's model; - for an exported model")
+    parser.add_argument("scenes", nargs="+", help="rasters: GeoTIFF, COG, VRT, JPEG2000, PNG, JPEG")
+    parser.add_argument("--out", required=True, help="folder for the results")
+    parser.add_argument("--window", type=int, default=512, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--overlap", type=int, help="pixels that neighbours share (default: a quarter of the window)")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows a forward pass (default: %(default)s)")
+    parser.add_argument("--blend", choices=("cosine", "gaussian"), default="cosine")
+    parser.add_argument("--tta", choices=("none", "flips", "turns"), default="none", help="1, 4 or 8 views averaged")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="of the windows, averaged")
+    parser.add_argument("--bands", type=int, nargs="+", help="bands of the raster, from 1, in the model's order")
+    parser.add_argument(
+        "--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="for 8-bit models on other rasters"
+    )
+    parser.add_argument("--probabilities", action="store_true", help="write those of all classes")
+    parser.add_argument("--polygons", choices=("gpkg", "geojson"), help="write outlines")
+    parser.add_argument(
+        "--simplify", type=float, default=1.0, metavar="PIXELS", help="of outlines (default: %(default)s)"
+    )
+    parser.add_argument("--min-area", type=float, default=0.0, metavar="M2", help="smallest outline, square metres")
+    parser.add_argument("--resume", action="store_true", help="go on with interrupted scenes")
+    parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="none", help="autocast type")
+    exported = parser.add_argument_group("exported models only")
+    exported.add_argument("--classes", nargs="+", help="names in the order of the scores")
+    exported.add_argument("--mean", type=float, nargs="+", help="a value a band")
+    exported.add_argument("--std", type=float, nargs="+", help="a value a band")
+    args = parser.parse_args(argv)
+    if args.window < 1 or args.batch_size < 1:
+        raise UserError("--window and --batch-size must be at least 1")
+    if args.overlap is not None and not 0 <= args.overlap < args.window:
+        raise UserError(f"--overlap {args.overlap} must be 0 or more, and below the window ({args.window})")
+    missing = [scene for scene in args.scenes if "://" not in scene and not Path(scene).exists()]
+    if missing:
+        raise UserError(f"no raster {missing[0]}")
+
+    _, amp = choose_device(args.device, args.amp)
+    device, rank, world_size = start_processes(args.device)
+    from vision_mamba.geo import load_exported, load_mmseg, segment_raster
+
+    if Path(args.config).suffix in (".pt2", ".onnx"):
+        absent = [f"--{name}" for name in ("classes", "mean", "std") if not getattr(args, name)]
+        if absent:
+            raise UserError(f"an exported model does not say its {' and '.join(absent)}; give them")
+        segmentor = load_exported(
+            args.config, args.classes, args.mean, args.std, device=device, amp=amp, bands=args.bands
+        )
+    else:
+        segmentor = load_mmseg(args.config, args.checkpoint, device=device, amp=amp, bands=args.bands)
+    failed = 0
+    for scene in args.scenes:
+        try:
+            report = segment_raster(
+                scene, args.out, segmentor, window=args.window, overlap=args.overlap, batch_size=args.batch_size,
+                blend=args.blend, tta=args.tta, scales=args.scales, value_range=args.value_range,
+                probabilities=args.probabilities, polygons=args.polygons, simplify=args.simplify,
+                min_area=args.min_area, resume=args.resume, overwrite=args.overwrite, rank=rank, world_size=world_size,
+            )  # fmt: skip
+        except UserError as error:
+            if world_size > 1 or len(args.scenes) == 1:
+                raise
+            print(f"failed: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        if rank == 0:
+            print_report(scene, report)
+    stop_processes()
+    return 2 if failed else 0
+
+
+def print_report(scene: str, report) -> None:
+    total = sum(report.pixels.values())
+    print(
+        f"\n{scene}: {report.windows} windows in {report.seconds:.0f} s, {report.windows / report.seconds:.1f} a second"
+    )
+    if report.hectares is None:
+        print("the raster has no coordinate system: results have none either, and areas are in pixels")
+    width = max(map(len, report.pixels))
+    for name, pixels in report.pixels.items():
+        area = "" if report.hectares is None else f"{report.hectares[name]:14.2f} ha"
+        print(f"  {name:{width}}  {pixels:12d} pixels  {pixels / total:7.2%}{area}")
+    for path in report.files.results():
+        print(f"  wrote {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)
