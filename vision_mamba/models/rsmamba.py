@@ -6,7 +6,6 @@ Chen et al. 2024, "RSMamba: Remote Sensing Image Classification with State Space
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -14,19 +13,16 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, build_sincos2d_pos_embed, to_2tuple, trunc_normal_
 from timm.layers.weight_init import lecun_normal_
-from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
-from timm.models._manipulate import checkpoint
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import MultiPathMixer, OverlapPatchEmbed
 from ..paths import check_paths, fixed_random_paths, random_paths, scan_paths
 from ._builder import build_model, check_choice
-from .vim import cls_positions, insert_tokens, remove_tokens, resample_pos_embed
+from ._plain import PlainModel, cls_positions, fit_pos_embed, insert_tokens, remove_tokens, resample_pos_embed
 
-# torch.fx takes these whole: they look at sizes, which have no values while it traces.
-register_notrace_module(OverlapPatchEmbed)
+# torch.fx takes it whole: it looks at sizes, which have no values while it traces.
 register_notrace_module(MultiPathMixer)
 
 ClsPosition = Literal["none", "head", "middle", "tail"]
@@ -51,7 +47,7 @@ class RSMambaBlock(nn.Module):
         return x + self.drop_path(self.mixer(norm(x), paths))
 
 
-class RSMamba(nn.Module):
+class RSMamba(PlainModel):
     """RSMamba (Chen et al. 2024, section III), as an ordinary timm model.
 
     The random path is another permutation for each block. In training it is drawn anew for every forward pass
@@ -190,11 +186,6 @@ class RSMamba(nn.Module):
                 trunc_normal_(embedding, std=0.02)
         self._init_head()
 
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are no matrices, though some have two axes."""
@@ -207,35 +198,6 @@ class RSMamba(nn.Module):
             stem=r"^cls_token|pos_embed|patch_embed|pre_norm",
             blocks=[(r"^blocks\.(\d+)", None), (r"^norm|fc_norm", (99999,))],
         )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New head for ``num_classes`` (0 for none), and a new pooling if given."""
-        if global_pool is not None:
-            self._set_global_pool(global_pool)
-        self.num_classes = num_classes
-        weight = self.patch_embed.proj.weight
-        self.head = (
-            nn.Linear(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
-            if num_classes > 0
-            else nn.Identity()
-        )
-        self._init_head()
-
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Build for another image size; a learned position embedding is resampled."""
-        old_grid = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(to_2tuple(img_size))
-        if self.pos_embed is not None:
-            resampled = resample_pos_embed(self.pos_embed, old_grid, self.patch_embed.grid_size, self.cls_position)
-            self.pos_embed = nn.Parameter(resampled.detach().clone())
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image -> tokens with class token and positions, (batch, L, embed_dim), and the grid of patches."""
@@ -266,22 +228,13 @@ class RSMamba(nn.Module):
             )
         return block_paths(self.paths, shuffled, len(self.blocks), length, x.device)
 
-    def _block(self, block: nn.Module, x: Tensor, paths: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            # The tables are an argument, so the recomputation sees the same random path.
-            return checkpoint(block, x, self.pre_norm, paths)
-        return block(x, self.pre_norm, paths)
-
     def forward_features(self, x: Tensor, draw: int = 0) -> Tensor:
-        """(batch, in_chans, height, width) -> normalised tokens (batch, L, embed_dim), class token in place.
-
-        ``draw`` chooses among the fixed random paths in evaluation.
-        """
+        """As for every plain model; ``draw`` chooses among the fixed random paths in evaluation."""
         x, _ = self._embed(x)
-        paths = self._paths(x, draw)
-        for i, block in enumerate(self.blocks):
-            x = self._block(block, x, paths[i])
-        return self.norm(x)
+        return self._walk(x, self._paths(x, draw))
+
+    def _shared(self) -> tuple[nn.Module, ...]:
+        return (self.pre_norm,)
 
     def pool(self, x: Tensor) -> Tensor:
         positions = cls_positions(self.cls_position, x.shape[1] - self.num_cls_tokens)
@@ -299,57 +252,6 @@ class RSMamba(nn.Module):
             return self.forward_head(self.forward_features(x))
         draws = [self.forward_head(self.forward_features(x, draw)) for draw in range(self.shuffle_draws)]
         return torch.stack(draws).mean(0)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Final tokens and the residual stream after chosen blocks.
-
-        Args:
-            x: (batch, in_chans, height, width).
-            indices: blocks, or how many of the last; None for all.
-            return_prefix_tokens: pair each map with its class token, (batch, class tokens, embed_dim).
-            norm: apply the final norm to the maps.
-            stop_early: leave out the blocks after the last one asked for.
-            output_fmt: ``"NCHW"`` (batch, embed_dim, rows, columns) or ``"NLC"``.
-            intermediates_only: return the list of maps alone.
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
-        take, last = feature_take_indices(len(self.blocks), indices)
-        x, grid = self._embed(x)
-        paths = self._paths(x)
-        positions = cls_positions(self.cls_position, grid[0] * grid[1])
-        intermediates: list[Any] = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._block(block, x, paths[i])
-            if i in take:
-                taken = self.norm(x) if norm else x
-                patches = remove_tokens(taken, positions)
-                if output_fmt == "NCHW":
-                    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
-                intermediates.append((patches, taken[:, list(positions)]) if return_prefix_tokens else patches)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop blocks, norm and head that the chosen intermediates do not need."""
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
 
     def filter_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official or own names and sizes -> this model's; see :func:`checkpoint_filter_fn`."""
@@ -437,12 +339,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: RSMamba) -> dict[
         else:
             out[_OFFICIAL.get(key, key)] = value
 
-    table = out.get("pos_embed")
-    if table is not None and model.pos_embed is not None and table.shape[1] != model.pos_embed.shape[1]:
-        side = math.isqrt(table.shape[1] - model.num_cls_tokens)
-        if side * side + model.num_cls_tokens == table.shape[1]:
-            out["pos_embed"] = resample_pos_embed(table, (side, side), model.patch_embed.grid_size, model.cls_position)
-    return out
+    return fit_pos_embed(out, model)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

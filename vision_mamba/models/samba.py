@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, trunc_normal_
-from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
-from timm.models._manipulate import checkpoint
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import MambaMixer
 from ..paths import scan_paths
-from ._builder import build_model, check_choice, find_backbone
+from ._builder import build_model, find_backbone
+from ._pyramid import PyramidModel, Stage
 
 # torch.fx takes these whole: they look at sizes, which have no values while it traces.
 register_notrace_module(MambaMixer)
@@ -98,24 +97,7 @@ class SambaBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class SambaStage(nn.Module):
-    """Downsampling, blocks, and the norm of the level."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[SambaBlock], norm: nn.Module) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
-        return self.norm(x)
-
-
-class Samba(nn.Module):
+class Samba(PyramidModel):
     """Samba backbone (Zhu et al. 2024, section III), as an ordinary timm model for images of any size.
 
     The four levels, ``features_only``, are normalised, and each is what the next stage starts from. The official
@@ -157,7 +139,6 @@ class Samba(nn.Module):
             raise ValueError(f"dims={dims}, depths={depths}, mlp_ratios={mlp_ratios}: give one number a stage in each")
         dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
-        self.output_fmt = "NHWC"
         self.num_features = self.head_hidden_size = dims[-1]
 
         self.stem = Stem(in_chans, stem_dim, dims[0], **dd)
@@ -166,14 +147,15 @@ class Samba(nn.Module):
         self.feature_info = []
         for i, (dim, depth, ratio) in enumerate(zip(dims, depths, mlp_ratios, strict=True)):
             start = sum(depths[:i])
-            blocks = [
+            blocks: list[nn.Module] = [
                 SambaBlock(dim, d_state=d_state, mlp_ratio=ratio, drop_path=rate, **dd)
                 for rate in rates[start : start + depth]
             ]
             down = Downsample(dims[i - 1], dim, **dd) if i else nn.Identity()
-            stages.append(SambaStage(down, blocks, nn.LayerNorm(dim, **dd)))
+            stages.append(Stage(down, blocks, nn.LayerNorm(dim, **dd)))
             self.feature_info.append(dict(module=f"stages.{i}", num_chs=dim, reduction=4 * 2**i))
         self.stages = nn.ModuleList(stages)
+        self.norm = nn.Identity()  # each level has its own
         self.head = ClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
         )
@@ -191,92 +173,6 @@ class Samba(nn.Module):
                 nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no matrices, though some have two axes (one row a path)."""
-        special = ("A_log", "D", "dt_proj_bias", "conv_bias")
-        return {n for n, _ in self.named_parameters() if n.rsplit(".", 1)[-1] in special}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        if coarse:
-            return dict(stem=r"^stem", blocks=r"^stages\.(\d+)")
-        return dict(
-            stem=r"^stem",
-            blocks=[
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^stages\.(\d+)\.norm", (99999,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New head for ``num_classes`` (0 for none), and a new pooling if given."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(batch, in_chans, height, width) -> normalised last map (batch, rows, columns, channels)."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Last map -> (batch, num_classes), or what enters the classifier with ``pre_logits``."""
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Last map and the normalised maps of chosen stages.
-
-        Args:
-            x: (batch, in_chans, height, width).
-            indices: stages, or how many of the last; None for all.
-            norm: part of timm's contract; every level has its norm in any case.
-            stop_early: leave out the stages after the last one asked for.
-            output_fmt: ``"NCHW"`` (batch, channels, rows, columns) or ``"NHWC"``.
-            intermediates_only: return the list of maps alone.
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
-        take, last = feature_take_indices(len(self.stages), indices)
-        x = self.stem(x)
-        intermediates = []
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
-            if i in take:
-                intermediates.append(x.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop stages and head that the chosen intermediates do not need; the norms belong to the levels."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
 
     def filter_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official or own names -> this model's; see :func:`checkpoint_filter_fn`."""

@@ -12,22 +12,19 @@ from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.layers.weight_init import lecun_normal_
-from timm.models._features import feature_take_indices
-from timm.models._features_fx import register_notrace_function, register_notrace_module
-from timm.models._manipulate import checkpoint
+from timm.models._features_fx import register_notrace_module
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import MambaMixer, OverlapPatchEmbed
 from ..paths import scan_paths
 from ._builder import build_model, check_choice
+from ._plain import PlainModel, cls_positions, fit_pos_embed, insert_tokens, remove_tokens, resample_pos_embed
 
-# torch.fx takes these whole: they look at sizes, which have no values while it traces.
-register_notrace_module(OverlapPatchEmbed)
+# torch.fx takes it whole: it looks at sizes, which have no values while it traces.
 register_notrace_module(MambaMixer)
-register_notrace_function(scan_paths)
 
 ClsPosition = Literal["middle", "head", "double", "none"]
 GlobalPool = Literal["token", "avg", "max", "last", ""]
@@ -64,7 +61,7 @@ class VimPairBlock(nn.Module):
         return 2 * x + self.drop_path(forward + backward)
 
 
-class VisionMamba(nn.Module):
+class VisionMamba(PlainModel):
     """Vim (Zhu et al. 2024, section 3), as an ordinary timm model.
 
     Args:
@@ -207,11 +204,6 @@ class VisionMamba(nn.Module):
                     parameter.div_(math.sqrt(depth))
         self._init_head()
 
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are no matrices, though some have two axes (one row a path)."""
@@ -221,35 +213,6 @@ class VisionMamba(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New head for ``num_classes`` (0 for none), and a new pooling if given."""
-        if global_pool is not None:
-            self._set_global_pool(global_pool)
-        self.num_classes = num_classes
-        weight = self.patch_embed.proj.weight
-        self.head = (
-            nn.Linear(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
-            if num_classes > 0
-            else nn.Identity()
-        )
-        self._init_head()
-
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Build for another image size; the position embedding is resampled."""
-        old_grid = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(to_2tuple(img_size))
-        if self.pos_embed is not None:
-            resampled = resample_pos_embed(self.pos_embed, old_grid, self.patch_embed.grid_size, self.cls_position)
-            self.pos_embed = nn.Parameter(resampled.detach().clone())
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image -> tokens with class tokens and positions, (batch, L, embed_dim), and the grid of patches."""
@@ -263,21 +226,8 @@ class VisionMamba(nn.Module):
             x = x + resample_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self.cls_position)
         return self.pos_drop(x), grid
 
-    def _paths(self, x: Tensor) -> Tensor:
-        return scan_paths(self.path_names, 1, x.shape[1], device=x.device)
-
-    def _block(self, block: nn.Module, x: Tensor, paths: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(block, x, paths)
-        return block(x, paths)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(batch, in_chans, height, width) -> normalised tokens (batch, L, embed_dim), class tokens in place."""
-        x, _ = self._embed(x)
-        paths = self._paths(x)
-        for block in self.blocks:
-            x = self._block(block, x, paths)
-        return self.norm(x)
+    def _paths(self, x: Tensor) -> list[Tensor]:
+        return [scan_paths(self.path_names, 1, x.shape[1], device=x.device)] * len(self.blocks)
 
     def pool(self, x: Tensor) -> Tensor:
         positions = cls_positions(self.cls_position, x.shape[1] - self.num_cls_tokens)
@@ -295,129 +245,9 @@ class VisionMamba(nn.Module):
             return x.amax(1) if pre_logits else self.head(x).amax(1)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Final tokens and the residual stream after chosen blocks.
-
-        Args:
-            x: (batch, in_chans, height, width).
-            indices: blocks, or how many of the last; None for all.
-            return_prefix_tokens: pair each map with its class tokens, (batch, class tokens, embed_dim).
-            norm: apply the final norm to the maps.
-            stop_early: leave out the blocks after the last one asked for.
-            output_fmt: ``"NCHW"`` (batch, embed_dim, rows, columns) or ``"NLC"``.
-            intermediates_only: return the list of maps alone.
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
-        take, last = feature_take_indices(len(self.blocks), indices)
-        x, grid = self._embed(x)
-        paths = self._paths(x)
-        positions = cls_positions(self.cls_position, grid[0] * grid[1])
-        intermediates: list[Any] = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._block(block, x, paths)
-            if i in take:
-                taken = self.norm(x) if norm else x
-                patches = remove_tokens(taken, positions)
-                if output_fmt == "NCHW":
-                    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
-                if return_prefix_tokens:
-                    intermediates.append((patches, taken[:, list(positions)]))
-                else:
-                    intermediates.append(patches)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop blocks, norm and head that the chosen intermediates do not need."""
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
     def filter_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official or own names and sizes -> this model's; see :func:`checkpoint_filter_fn`."""
         return checkpoint_filter_fn(state_dict, self)
-
-
-def cls_positions(cls_position: str, num_patches: int) -> tuple[int, ...]:
-    """Places of the class tokens in a sequence of ``num_patches`` patches."""
-    return {
-        "middle": (num_patches // 2,),
-        "head": (0,),
-        "tail": (num_patches,),
-        "double": (0, num_patches + 1),
-        "none": (),
-    }[cls_position]
-
-
-@register_notrace_function
-def insert_tokens(x: Tensor, tokens: list[Tensor], positions: tuple[int, ...]) -> Tensor:
-    """Put ``tokens`` (each (batch, 1, C)) into ``x`` (batch, L, C) so that they stand at ``positions``."""
-    if not tokens:
-        return x
-    parts, start = [], 0
-    for inserted, (token, position) in enumerate(zip(tokens, positions, strict=True)):
-        parts += [x[:, start : position - inserted], token]
-        start = position - inserted
-    return torch.cat([*parts, x[:, start:]], dim=1)
-
-
-@register_notrace_function
-def remove_tokens(x: Tensor, positions: tuple[int, ...]) -> Tensor:
-    """``x`` (batch, L, C) without the tokens at ``positions``."""
-    if not positions:
-        return x
-    edges = [-1, *positions, x.shape[1]]
-    parts = [x[:, a + 1 : b] for a, b in zip(edges, edges[1:]) if b > a + 1]  # noqa: B905
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-@register_notrace_function
-def resample_pos_embed(
-    pos_embed: Tensor,
-    old_grid: tuple[int, int],
-    new_grid: tuple[int, int],
-    cls_position: str,
-) -> Tensor:
-    """Position table (1, L, C) for another grid of patches; the class tokens keep their own rows.
-
-    Unlike the official interpolation, which takes the first rows for class tokens, this knows where they are.
-
-    Raises:
-        ValueError: the table does not have one row for each patch of ``old_grid`` and each class token.
-    """
-    if old_grid == new_grid:
-        return pos_embed
-    old_positions = cls_positions(cls_position, old_grid[0] * old_grid[1])
-    if pos_embed.shape[1] != old_grid[0] * old_grid[1] + len(old_positions):
-        raise ValueError(f"position embedding of {pos_embed.shape[1]} rows does not fit a grid of {old_grid}")
-    patches = resample_abs_pos_embed(
-        remove_tokens(pos_embed, old_positions),
-        new_size=list(new_grid),
-        old_size=list(old_grid),
-        num_prefix_tokens=0,
-        antialias=False,
-    )
-    cls_rows = [pos_embed[:, i : i + 1] for i in old_positions]
-    return insert_tokens(patches, cls_rows, cls_positions(cls_position, new_grid[0] * new_grid[1]))
 
 
 _OFFICIAL_MIXER = {
@@ -468,12 +298,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
     for key, values in by_path.items():
         out[key] = torch.stack([values[path] for path in sorted(values)])
 
-    table = out.get("pos_embed")
-    if table is not None and model.pos_embed is not None and table.shape[1] != model.pos_embed.shape[1]:
-        side = math.isqrt(table.shape[1] - model.num_cls_tokens)
-        if side * side + model.num_cls_tokens == table.shape[1]:
-            out["pos_embed"] = resample_pos_embed(table, (side, side), model.patch_embed.grid_size, model.cls_position)
-    return out
+    return fit_pos_embed(out, model)
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:

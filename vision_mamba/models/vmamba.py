@@ -13,9 +13,7 @@ from typing import Any, Literal
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
-from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
-from timm.models._manipulate import checkpoint
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from torch.nn import functional as F
 from ..layers import SS2D
 from ..paths import SS2D as SS2D_PATHS
 from ._builder import build_model, check_choice, find_backbone
+from ._pyramid import PyramidModel, Stage
 
 # torch.fx takes it whole: it looks at sizes, which have no values while it traces.
 register_notrace_module(SS2D)
@@ -91,23 +90,7 @@ class VSSBlock(nn.Module):
         return x
 
 
-class VMambaStage(nn.Module):
-    """Downsampling (none in the first stage), then blocks."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[VSSBlock]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
-        return x
-
-
-class VMamba(nn.Module):
+class VMamba(PyramidModel):
     """VMamba (Liu et al. 2024, section 4), as an ordinary timm model for images of any size.
 
     Maps have ``ceil(size / 4)`` rows and columns after the overlapping stem (the patch stem leaves out
@@ -165,11 +148,10 @@ class VMamba(nn.Module):
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.num_paths = len(paths)
-        self.output_fmt = "NHWC"
         dims = [embed_dim * 2**i for i in range(len(depths))]
         self.num_features = self.head_hidden_size = dims[-1]
 
-        self.patch_embed = Stem(in_chans, embed_dim, overlap=stem == "overlap", **dd)
+        self.stem = Stem(in_chans, embed_dim, overlap=stem == "overlap", **dd)
         mixer_args = dict(
             d_state=d_state,
             d_conv=d_conv,
@@ -189,15 +171,15 @@ class VMamba(nn.Module):
             elif i:
                 down = ConvDownsample(dims[i - 1], dim, kernel_size=3 if downsample == "conv3" else 2, **dd)
             start = sum(depths[:i])
-            blocks = [
+            blocks: list[nn.Module] = [
                 VSSBlock(dim, mlp_ratio=mlp_ratio, drop_path=rate, mixer_args=mixer_args, **dd)
                 for rate in rates[start : start + depth]
             ]
-            stages.append(VMambaStage(down, blocks))
+            stages.append(Stage(down, blocks))
             self.feature_info.append(dict(module=f"stages.{i}", num_chs=dim, reduction=4 * 2**i))
         self.stages = nn.ModuleList(stages)
         self.feature_norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i], **dd) for i in sorted(set(feature_norms))})
-        self.norm: nn.Module = nn.LayerNorm(dims[-1], **dd)
+        self.norm = nn.LayerNorm(dims[-1], **dd)
         self.head = ClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
         )
@@ -207,98 +189,8 @@ class VMamba(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no matrices, though some have two axes (one row a path)."""
-        special = ("A_log", "D", "dt_proj_bias")
-        return {n for n, _ in self.named_parameters() if n.rsplit(".", 1)[-1] in special}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        if coarse:
-            return dict(stem=r"^patch_embed", blocks=r"^stages\.(\d+)")
-        return dict(
-            stem=r"^patch_embed",
-            blocks=[
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New head for ``num_classes`` (0 for none), and a new pooling if given."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(batch, in_chans, height, width) -> normalised last map (batch, rows, columns, channels)."""
-        x = self.patch_embed(x)
-        for stage in self.stages:
-            x = stage(x)
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Last map -> (batch, num_classes), or what enters the classifier with ``pre_logits``."""
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Last map and the maps after chosen stages, each through its own norm where ``feature_norms`` names it.
-
-        Args:
-            x: (batch, in_chans, height, width).
-            indices: stages, or how many of the last; None for all.
-            norm: apply the final norm to the last stage's map.
-            stop_early: leave out the stages after the last one asked for.
-            output_fmt: ``"NCHW"`` (batch, channels, rows, columns) or ``"NHWC"``.
-            intermediates_only: return the list of maps alone.
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
-        take, last = feature_take_indices(len(self.stages), indices)
-        x = self.patch_embed(x)
-        intermediates = []
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
-            if i in take:
-                taken = self.norm(x) if norm and i == len(self.stages) - 1 else x
-                if str(i) in self.feature_norms:
-                    taken = self.feature_norms[str(i)](taken)
-                intermediates.append(taken.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else taken)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop stages, norm and head that the chosen intermediates do not need."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
+    def level(self, index: int, x: Tensor) -> Tensor:
+        return self.feature_norms[str(index)](x) if str(index) in self.feature_norms else x
 
     def filter_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official or own names -> this model's; see :func:`checkpoint_filter_fn`."""
@@ -308,10 +200,10 @@ class VMamba(nn.Module):
 # The official convolutions and norms stand at numbered places of an nn.Sequential; the second names are those
 # of the first releases. A downsampling is the end of its stage there, here the beginning of the next.
 _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    (r"^patch_embed\.(0|proj)\.", "patch_embed.conv1."),
-    (r"^patch_embed\.(2|norm)\.", "patch_embed.norm1."),
-    (r"^patch_embed\.5\.", "patch_embed.conv2."),
-    (r"^patch_embed\.7\.", "patch_embed.norm2."),
+    (r"^patch_embed\.(0|proj)\.", "stem.conv1."),
+    (r"^patch_embed\.(2|norm)\.", "stem.norm1."),
+    (r"^patch_embed\.5\.", "stem.conv2."),
+    (r"^patch_embed\.7\.", "stem.norm2."),
     (r"^layers\.(\d+)\.downsample\.1\.", r"layers.\1.downsample.conv."),
     (r"^layers\.(\d+)\.downsample\.3\.", r"layers.\1.downsample.norm."),
     (r"^layers\.(\d+)\.downsample\.", lambda match: f"stages.{int(match[1]) + 1}.downsample."),
@@ -372,7 +264,7 @@ def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.conv1",
+        "first_conv": "stem.conv1",
         "classifier": "head.fc",
         "license": "mit",
         **kwargs,

@@ -1,0 +1,141 @@
+"""What backbones with four levels share: stages over channels-last maps, timm's contract, features at every stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+from ._builder import check_choice
+
+
+class Stage(nn.Module):
+    """Downsampling (an identity in the first stage), blocks, and a norm where the family has one.
+
+    The downsampling belongs to the stage that it leads to, so a stage's output is its level of the pyramid.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module], norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm or nn.Identity()
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Channels-last map -> channels-last map."""
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+        return self.norm(x)
+
+
+class PyramidModel(nn.Module):
+    """A timm model made of ``stem``, ``stages`` (:class:`Stage`), ``norm`` and ``head``, for images of any size.
+
+    A family's constructor makes these four, ``feature_info`` and ``num_classes``.
+    """
+
+    output_fmt = "NHWC"
+    stem: nn.Module
+    stages: nn.ModuleList
+    norm: nn.Module
+    head: ClassifierHead
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are no matrices, though some have two axes (one row a path)."""
+        special = ("A_log", "D", "dt_proj_bias", "conv_bias")
+        return {n for n, _ in self.named_parameters() if n.rsplit(".", 1)[-1] in special}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        if coarse:
+            return dict(stem=r"^stem", blocks=r"^stages\.(\d+)")
+        return dict(
+            stem=r"^stem",
+            blocks=[
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99999,)),
+                (r"^norm", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New head for ``num_classes`` (0 for none), and a new pooling if given."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(batch, in_chans, height, width) -> normalised last map (batch, rows, columns, channels)."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Last map -> (batch, num_classes), or what enters the classifier with ``pre_logits``."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def level(self, index: int, x: Tensor) -> Tensor:
+        """What is given out of a stage's map as its level."""
+        return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Last map and the levels of chosen stages.
+
+        Args:
+            x: (batch, in_chans, height, width).
+            indices: stages, or how many of the last; None for all.
+            norm: apply the final norm to the last stage's map.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: ``"NCHW"`` (batch, channels, rows, columns) or ``"NHWC"``.
+            intermediates_only: return the list of maps alone.
+        """
+        check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
+        take, last = feature_take_indices(len(self.stages), indices)
+        x = self.stem(x)
+        intermediates = []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                taken = self.level(i, self.norm(x) if norm and i == len(self.stages) - 1 else x)
+                intermediates.append(taken.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else taken)
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop stages, norm and head that the chosen intermediates do not need."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
