@@ -6,7 +6,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models._features_fx import create_feature_extractor, get_notrace_functions, get_notrace_modules
 from timm.optim import param_groups_weight_decay
+from torchvision.models.feature_extraction import get_graph_node_names
 
 import vision_mamba
 from tests.conftest import assert_close
@@ -155,6 +157,16 @@ def test_compile_fullgraph(name, backend):
     expected = torch.autograd.grad(model(x).square().sum(), parameters.values())
     for n, a, b in zip(parameters, actual, expected, strict=True):
         assert_close(n, a, b, 1e-5)
+
+
+@every_model
+def test_fx(name):
+    """timm's graph tracing: what looks at sizes is registered to be taken whole."""
+    model, x = create(name), image()
+    tracer = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
+    _, nodes = get_graph_node_names(model, tracer_kwargs=tracer)
+    graph = create_feature_extractor(model, return_nodes=[nodes[-1]])
+    assert torch.equal(graph(x)[nodes[-1]], model(x))
 
 
 @every_model

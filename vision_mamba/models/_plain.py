@@ -25,7 +25,8 @@ register_notrace_function(scan_paths)
 class PlainModel(nn.Module):
     """A timm model made of ``patch_embed``, class tokens, ``pos_embed``, ``blocks``, ``norm`` and ``head``.
 
-    A family's constructor makes these; the four methods that raise here are the family's too.
+    A family's constructor makes these; the four methods that raise here are the family's too, and ``forward``: torch.fx
+    wraps what was registered as not to be traced only where it is called in the module of the root's ``forward``.
     """
 
     patch_embed: OverlapPatchEmbed
@@ -106,9 +107,6 @@ class PlainModel(nn.Module):
         """(batch, in_chans, height, width) -> normalised tokens (batch, L, embed_dim), class tokens in place."""
         x, _ = self._embed(x)
         return self._walk(x, self._paths(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
         self,

@@ -245,6 +245,9 @@ class VisionMamba(PlainModel):
             return x.amax(1) if pre_logits else self.head(x).amax(1)
         return x if pre_logits else self.head(x)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
     def filter_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official or own names and sizes -> this model's; see :func:`checkpoint_filter_fn`."""
         return checkpoint_filter_fn(state_dict, self)
