@@ -302,7 +302,7 @@ class _NoDevice:
 @contextlib.contextmanager
 def configured(direction: str, config, sms: int | None = None):
     """The operator with this launch configuration in one direction, on a device of ``sms`` multiprocessors."""
-    patches = {f"_{direction}_config": lambda num_states: config}
+    patches = {f"_{direction}_config": lambda num_states, fills=True: config}
     if sms is not None:
         patches["_wanted_programs"] = lambda device, config: sms * config.resident // config.warps
     with mock.patch.multiple(kernels, **patches):
@@ -332,9 +332,10 @@ def launches(row, dtype_name: str, direction: str, config, sms: int, compile: bo
 
 
 def compile_candidate(row, dtype_name, direction, config, target, sms) -> dict:
-    """Resources of the pass's main kernel, its last. Runs in a process of its own and fills the disk cache."""
+    """Resources of the pass's main kernel. Runs in a process of its own and fills the disk cache."""
     triton.runtime.driver.set_active(_NoDevice(target))
-    name, grid, compiled = launches(row, dtype_name, direction, config, sms, compile=True)[-1]
+    found = launches(row, dtype_name, direction, config, sms, compile=True)
+    grid, compiled = next(rest for name, *rest in found if name == f"_{direction}_kernel")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

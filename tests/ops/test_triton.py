@@ -175,6 +175,22 @@ def test_scan_agrees_with_the_reference_at_size(case, monkeypatch):
 
 
 @kernels
+def test_scan_with_more_warps_where_the_batch_does_not_fill_the_device(monkeypatch):
+    from vision_mamba.ops.triton import selective_scan as module
+
+    launched = []
+    launch = module._launch
+    monkeypatch.setattr(module, "_wanted_programs", lambda device, config: 1 if config.warps == 4 else 100)
+    monkeypatch.setattr(
+        module, "_launch", lambda *given: (launched.append((given[0].__name__, given[3])), launch(*given))
+    )
+    case = Case(37, num_states=16, merge="sum")
+    given = inputs(case, DEVICE)
+    assert_near(results(case, given, "triton"), results(case, given, "reference"), TOLERANCE[case.dtype])
+    assert ("_forward_kernel", 4) in launched
+
+
+@kernels
 @pytest.mark.parametrize("programs", [0, 100])
 def test_backward_twice_gives_equal_bits(programs, monkeypatch):
     from vision_mamba.ops.triton import selective_scan as module
@@ -236,14 +252,15 @@ def test_other_launch_configurations_give_the_same(direction, change, programs, 
     from vision_mamba.ops.triton import selective_scan as module
 
     config = getattr(module, f"_{direction}_config")(4)._replace(**change)
-    monkeypatch.setattr(module, f"_{direction}_config", lambda num_states: config)
+    monkeypatch.setattr(module, f"_{direction}_config", lambda num_states, fills=True: config)
     check_scan(Case(19, num_states=4, merge="sum", programs=programs), monkeypatch)
 
 
 def test_chunks_are_whole_tiles_of_the_forward_pass():
     module = pytest.importorskip("vision_mamba.ops.triton.selective_scan")
     for num_states in range(1, module.MAX_STATES + 1):
-        assert module._chunk(num_states) % module._forward_config(num_states).steps == 0, num_states
+        for fills in (True, False):
+            assert module._chunk(num_states) % module._forward_config(num_states, fills).steps == 0, num_states
 
 
 @kernels
