@@ -8,7 +8,8 @@ Examples:
 On a GPU the autocast type is bfloat16, on a CPU everything is float32. The models take turns and the median of
 each is kept. With ``--official`` the official code runs too (on a CPU: its pure-PyTorch scan, the only one it
 has there; of training only one step at batch 1, as that takes minutes), and a time is printed only if our logits
-agree with its logits. Memory is the peak beyond weights (and gradients, after one step) and input.
+agree with its logits. ``graph`` replays the eager kernels as one CUDA graph: what the device takes, without Python.
+Memory (of eager and compiled runs) is the peak beyond weights (and gradients, after one step) and input.
 """
 
 from __future__ import annotations
@@ -71,16 +72,35 @@ def create(name: str, size: int) -> nn.Module:
 class Bench:
     """Times and memory of one model's forward pass, or of its training step, on one device."""
 
-    def __init__(self, model: nn.Module, x: torch.Tensor, *, training: bool, compiled: bool) -> None:
+    def __init__(self, model: nn.Module, x: torch.Tensor, *, training: bool, mode: str) -> None:
         self.model = model.train(training)
-        self.x, self.training = x, training
-        self.forward = torch.compile(model) if compiled else model
+        self.x, self.training, self.mode = x, training, mode
+        self.forward = torch.compile(model) if mode == "compiled" else model
         self.cuda = x.is_cuda
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if mode == "graph":
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # kernels are compiled and gradients made before the capture
+                for _ in range(3):
+                    self.run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.run()
+            self.graph = graph
 
     def run(self) -> None:
-        autocast = torch.autocast("cuda", dtype=torch.bfloat16) if self.cuda else nullcontext()
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        autocast = (
+            torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=self.mode != "graph")
+            if self.cuda
+            else nullcontext()
+        )
         if not self.training:
-            with torch.inference_mode(), autocast:
+            with torch.no_grad(), autocast:
                 self.forward(self.x)
             return
         with autocast:
@@ -103,7 +123,7 @@ class Bench:
 
     def memory(self) -> float | None:
         """MiB above what is held before the pass; None on a CPU."""
-        if not self.cuda:
+        if not self.cuda or self.graph is not None:
             return None
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
@@ -159,7 +179,9 @@ def main() -> None:
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--rows", type=pair, nargs="+", metavar="SIZExBATCH", help="default: the family's")
-    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), help="default: both; eager on a CPU")
+    parser.add_argument(
+        "--modes", nargs="+", choices=("eager", "compiled", "graph"), help="default: all; eager on a CPU"
+    )
     parser.add_argument("--official", type=Path, help="checkout of the official repository")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--runs", type=int, default=9)
@@ -170,7 +192,7 @@ def main() -> None:
     device, family = torch.device(args.device), FAMILIES[args.family]
     cuda = device.type == "cuda"
     rows = args.rows or (family.rows if cuda else CPU_ROWS)
-    modes = args.modes or (["eager", "compiled"] if cuda else ["eager"])
+    modes = args.modes or (["eager", "compiled", "graph"] if cuda else ["eager"])
 
     results = []
     print(f"{'what':9} size  batch     mode  {'model':30} {'ms':>10} {'images/s':>10} {'MiB':>8} {'/ ours':>7}")
@@ -189,9 +211,9 @@ def main() -> None:
         for training in (False, True):
             for mode in modes:
                 chosen = dict(models)
-                if mode == "compiled" or (training and not cuda and batch > 1):
+                if mode != "eager" or (training and not cuda and batch > 1):
                     chosen.pop("official", None)
-                benches = {n: Bench(m, x, training=training, compiled=mode == "compiled") for n, m in chosen.items()}
+                benches = {n: Bench(m, x, training=training, mode=mode) for n, m in chosen.items()}
                 found = measure(benches, args.runs, once="official" if training and not cuda else None)
                 what = "training" if training else "inference"
                 for name, row in found.items():

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..ops import causal_conv1d, selective_scan
 
@@ -37,6 +38,15 @@ def init_scan_parameters(
     dt_proj_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
     A_log.copy_(torch.arange(1, A_log.shape[-1] + 1, device=A_log.device).log().expand_as(A_log))
     nn.init.ones_(D)
+
+
+def project_steps(dt: Tensor, weight: Tensor) -> Tensor:
+    """Low-rank step sizes of K paths (..., K * R) times (K, D, R) -> (..., K, D).
+
+    One product with a block-diagonal matrix: it multiplies zeros, but K thin products of rank 6 to 48, and
+    above all the gradient of their weights, take far longer on a GPU.
+    """
+    return F.linear(dt, torch.block_diag(*weight)).unflatten(-1, weight.shape[:2])
 
 
 class MambaMixer(nn.Module):

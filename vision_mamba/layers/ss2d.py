@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import selective_scan
+from ..ops import add_norm, selective_scan
 from ..paths import SS2D as SS2D_PATHS
 from ..paths import scan_paths
-from .mamba import init_scan_parameters
+from .mamba import init_scan_parameters, project_steps
 
 
 class SS2D(nn.Module):
@@ -81,25 +81,24 @@ class SS2D(nn.Module):
         # A channels-last map seen as (batch, channels, height, width) is torch's channels_last: no copy.
         x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         y = self.scan(x.flatten(1, 2), height, width).unflatten(1, (height, width))
-        y = self.out_norm(y).to(y.dtype)
+        # In the dtype of the scan, with float32 inside; autocast would make three passes of it.
+        y, _ = add_norm(y, None, self.out_norm.weight, self.out_norm.bias, norm="layer", eps=self.out_norm.eps)
         return self.out_proj(y * F.silu(z) if self.gate else y)
 
     def scan(self, u: Tensor, height: int, width: int) -> Tensor:
         """Sum of the scans along all paths: tokens (batch, L, inner) -> (batch, L, inner)."""
-        batch, length, inner = u.shape
-        K, N = len(self.path_names), self.d_state
-        projected = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, -1))
-        dt, B, C = projected.split((self.dt_rank, N, N), dim=-1)
-        dt = dt.flatten(0, 1).transpose(0, 1)  # (K, batch * L, rank): one batched product for all paths
-        delta = torch.bmm(dt, self.dt_proj_weight.transpose(1, 2))
+        K, R, N = len(self.path_names), self.dt_rank, self.d_state
+        # All paths' steps first, then all B, then all C: each is a slice whose rows start aligned.
+        parts = (part.flatten(0, 1) for part in self.x_proj_weight.split((R, N, N), dim=1))
+        dt, B, C = F.linear(u, torch.cat(list(parts))).split((K * R, K * N, K * N), dim=-1)
         # A, D, the bias and the states stay float32 under autocast: bf16 steps would lose the slow decays.
         A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = selective_scan(
             u,
-            delta.unflatten(1, (batch, length)).permute(1, 2, 0, 3),
+            project_steps(dt, self.dt_proj_weight),
             -torch.exp(A_log),
-            B,
-            C,
+            B.unflatten(-1, (K, N)),
+            C.unflatten(-1, (K, N)),
             self.D,
             delta_bias=self.dt_proj_bias,
             delta_softplus=True,

@@ -28,10 +28,16 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Channels-last map -> channels-last map."""
-        x = self.downsample(x)
+        return self.norm(self.run_blocks(self.downsample(x)))
+
+    def run_blocks(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
-        return self.norm(x)
+            x = self.run_block(block, x)
+        return x
+
+    def run_block(self, block: nn.Module, *args: Any) -> Any:
+        checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
+        return checkpoint(block, *args) if checkpointed else block(*args)
 
 
 class PyramidModel(nn.Module):

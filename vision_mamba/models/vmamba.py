@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import SS2D
+from ..ops import add_norm
 from ..paths import SS2D as SS2D_PATHS
 from ._builder import build_model, check_choice, find_backbone
 from ._pyramid import PyramidModel, Stage
-
-# torch.fx takes it whole: it looks at sizes, which have no values while it traces.
-register_notrace_module(SS2D)
 
 StemType = Literal["overlap", "patch"]
 Downsample = Literal["conv3", "conv2", "merging"]
@@ -69,8 +67,12 @@ class ConvDownsample(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
+@register_notrace_module  # torch.fx takes it whole: it looks at sizes, which have no values while it traces
 class VSSBlock(nn.Module):
-    """``x + mixer(norm1(x))``, then ``x + mlp(norm2(x))`` where ``mlp_ratio`` is above 0."""
+    """``x + mixer(norm1(x))``, then ``x + mlp(norm2(x))`` where ``mlp_ratio`` is above 0.
+
+    The last sum is left to whoever comes next, who adds and normalises in one pass over memory.
+    """
 
     def __init__(self, dim: int, *, mlp_ratio: float, drop_path: float, mixer_args: dict[str, Any], **dd) -> None:
         super().__init__()
@@ -83,11 +85,31 @@ class VSSBlock(nn.Module):
         else:
             self.mlp = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
+    def forward(self, x: Tensor, pending: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Residual stream and what is still to be added to it -> the same."""
+        if pending is None:
+            normed = self.norm1(x)
+        else:
+            normed, x = add_layer_norm(pending, x, self.norm1)
+        pending = self.drop_path(self.mixer(normed))
         if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+            normed, x = add_layer_norm(pending, x, self.norm2)
+            pending = self.drop_path(self.mlp(normed))
+        return x, pending
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return add_norm(x, residual, norm.weight, norm.bias, norm="layer", eps=norm.eps)
+
+
+class VMambaStage(Stage):
+    """Blocks that leave their last sum to the next one."""
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        pending = None
+        for block in self.blocks:
+            x, pending = self.run_block(block, x, pending)
+        return x if pending is None else x + pending
 
 
 class VMamba(PyramidModel):
@@ -175,7 +197,7 @@ class VMamba(PyramidModel):
                 VSSBlock(dim, mlp_ratio=mlp_ratio, drop_path=rate, mixer_args=mixer_args, **dd)
                 for rate in rates[start : start + depth]
             ]
-            stages.append(Stage(down, blocks))
+            stages.append(VMambaStage(down, blocks))
             self.feature_info.append(dict(module=f"stages.{i}", num_chs=dim, reduction=4 * 2**i))
         self.stages = nn.ModuleList(stages)
         self.feature_norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i], **dd) for i in sorted(set(feature_norms))})
