@@ -21,7 +21,7 @@ from vision_mamba.engine.plots import replacing
 from vision_mamba.errors import UserError
 
 from .models import Detector
-from .products import decimated
+from .products import decimated, refuse_existing
 from .reader import SceneReader, ahead
 from .windows import Grid
 
@@ -88,9 +88,7 @@ def detect_raster(
     grid = Grid(reader.height, reader.width, window, overlap)
     stem = Path(out) / f"{Path(source).stem}_objects"
     files = [stem.with_suffix(suffix) for suffix in (".gpkg", ".json", ".png")]
-    existing = [path for path in files if path.exists()]
-    if existing and not overwrite:
-        raise UserError(f"{existing[0]} exists; --overwrite replaces it, --out takes another folder")
+    refuse_existing(files, overwrite)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     corners = _corners(grid)
     bar = tqdm(total=len(grid.tops) * len(grid.lefts), unit=" windows", desc=Path(source).name, disable=not progress)

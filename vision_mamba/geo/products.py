@@ -57,13 +57,21 @@ class SceneFiles:
         Raises:
             UserError: a result exists, or the folder cannot be made.
         """
-        existing = [path for path in self.results() if path.exists()]
-        if existing and not overwrite:
-            raise UserError(f"{existing[0]} exists; --overwrite replaces it, --out takes another folder")
+        refuse_existing(self.results(), overwrite)
         try:
             self.work.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {self.work.parent}: {error.strerror}") from None
+
+
+def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
+    """
+    Raises:
+        UserError: one of the results exists, and is not to be replaced.
+    """
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise UserError(f"{existing[0]} exists; --overwrite replaces it, --out takes another folder")
 
 
 def write_products(

@@ -36,9 +36,10 @@ class SceneReader:
                 self._check(scene, value_range)
         except self.rasterio.errors.RasterioError as error:
             raise UserError(f"cannot read {source}: {_line(error)}") from None
-        low, high = value_range or (0.0, 255.0)
-        scale = 255.0 / (high - low) if value_range else 1.0
-        self.offset, self.scale = (low, scale) if value_range else (0.0, 1.0)
+        self.offset, self.scale = 0.0, 1.0
+        if value_range is not None:
+            low, high = value_range
+            self.offset, self.scale = low, 255.0 / (high - low)
 
     def _check(self, scene, value_range) -> None:
         model, path = self.model, self.path

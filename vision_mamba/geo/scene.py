@@ -145,8 +145,9 @@ def segment_raster(
     def scores(batches: Iterator[tuple[Tensor, np.ndarray]]) -> Iterator[Tensor]:
         nonlocal seen
         for x, empty in batches:
-            found = torch.full((len(x), num_classes, window, window), 1 / num_classes, device=segmentor.device)
-            if not empty.all():
+            if empty.all():
+                found = torch.full((len(x), num_classes, window, window), 1 / num_classes, device=segmentor.device)
+            else:
                 # Always the same shape: some exported models take no other, and no kernel is chosen anew.
                 full = F.pad(x, (0, 0) * 3 + (0, batch_size - len(x)))
                 with torch.inference_mode():

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import add_norm, selective_scan
+from ..ops import selective_scan
 from ..paths import SS2D as SS2D_PATHS
 from ..paths import scan_paths
 from .mamba import init_scan_parameters, project_steps
+from .norm import add_layer_norm
 
 
 class SS2D(nn.Module):
@@ -82,7 +83,7 @@ class SS2D(nn.Module):
         x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         y = self.scan(x.flatten(1, 2), height, width).unflatten(1, (height, width))
         # In the dtype of the scan, with float32 inside; autocast would make three passes of it.
-        y, _ = add_norm(y, None, self.out_norm.weight, self.out_norm.bias, norm="layer", eps=self.out_norm.eps)
+        y, _ = add_layer_norm(y, None, self.out_norm)
         return self.out_proj(y * F.silu(z) if self.gate else y)
 
     def scan(self, u: Tensor, height: int, width: int) -> Tensor:

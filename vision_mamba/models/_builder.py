@@ -13,6 +13,17 @@ from ..checkpoint import official_globals
 
 Model = TypeVar("Model", bound=nn.Module)
 
+#: Parameters of mamba_ssm's mixer (transformers' has the same names) -> those of ours.
+OFFICIAL_MIXER = {
+    "A_log": "A_log",
+    "D": "D",
+    "conv1d.weight": "conv_weight",
+    "conv1d.bias": "conv_bias",
+    "x_proj.weight": "x_proj_weight",
+    "dt_proj.weight": "dt_proj_weight",
+    "dt_proj.bias": "dt_proj_bias",
+}
+
 
 def build_model(
     model_cls: type[Model],

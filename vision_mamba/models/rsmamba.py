@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..layers import MultiPathMixer, OverlapPatchEmbed
 from ..paths import check_paths, fixed_random_paths, random_paths, scan_paths
-from ._builder import build_model, check_choice
+from ._builder import OFFICIAL_MIXER, build_model, check_choice
 from ._plain import PlainModel, cls_positions, fit_pos_embed, insert_tokens, remove_tokens, resample_pos_embed
 
 # torch.fx takes it whole: it looks at sizes, which have no values while it traces.
@@ -311,13 +311,6 @@ _OFFICIAL = {
     "head.fc.weight": "head.weight",
     "head.fc.bias": "head.bias",
 }
-_OFFICIAL_MIXER = {
-    "conv1d.weight": "conv_weight",
-    "conv1d.bias": "conv_bias",
-    "x_proj.weight": "x_proj_weight",
-    "dt_proj.weight": "dt_proj_weight",
-    "dt_proj.bias": "dt_proj_bias",
-}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: RSMamba) -> dict[str, Tensor]:
@@ -333,7 +326,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: RSMamba) -> dict[
         if key.startswith("layers."):
             _, layer, name = key.split(".", 2)
             value = value.squeeze(1) if name == "conv1d.weight" else value
-            out[f"blocks.{layer}.mixer.{_OFFICIAL_MIXER.get(name, name)}"] = value
+            out[f"blocks.{layer}.mixer.{OFFICIAL_MIXER.get(name, name)}"] = value
         elif key.startswith("gate_layers."):
             out[f"blocks.{key.split('.')[1]}.mixer.gate.weight"] = value
         else:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..layers import MambaMixer
 from ..paths import scan_paths
-from ._builder import build_model, find_backbone
+from ._builder import OFFICIAL_MIXER, build_model, find_backbone
 from ._pyramid import PyramidModel, Stage
 
 # torch.fx takes these whole: they look at sizes, which have no values while it traces.
@@ -182,15 +182,6 @@ class Samba(PyramidModel):
 _OFFICIAL = re.compile(r"^(patch_embed|block|norm)(\d)\.(.*)")
 #: Places in the stem's nn.Sequential, among its ReLUs.
 _OFFICIAL_STEM = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2", "6": "conv3", "7": "norm3"}
-_OFFICIAL_MIXER = {
-    "A_log": "A_log",
-    "D": "D",
-    "conv1d.weight": "conv_weight",
-    "conv1d.bias": "conv_bias",
-    "x_proj.weight": "x_proj_weight",
-    "dt_proj.weight": "dt_proj_weight",
-    "dt_proj.bias": "dt_proj_bias",
-}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Samba) -> dict[str, Tensor]:
@@ -218,8 +209,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Samba) -> dict[st
             name = name.replace(".attn.norm.", ".norm1.").replace(".dwconv.dwconv.", ".dwconv.")
             block, is_mixer, parameter = name.partition(".attn.mamba.")
             if is_mixer:
-                name = f"{block}.mixer.{_OFFICIAL_MIXER.get(parameter, parameter)}"
-                if parameter in _OFFICIAL_MIXER:  # one path
+                name = f"{block}.mixer.{OFFICIAL_MIXER.get(parameter, parameter)}"
+                if parameter in OFFICIAL_MIXER:  # one path
                     value = (value.squeeze(1) if parameter == "conv1d.weight" else value).unsqueeze(0)
             out[f"stages.{stage}.blocks.{name}"] = value
     # Files of other tools may lack BatchNorm's counters of batches, which nothing here uses.

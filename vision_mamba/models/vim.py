@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..layers import MambaMixer, OverlapPatchEmbed
 from ..paths import scan_paths
-from ._builder import build_model, check_choice
+from ._builder import OFFICIAL_MIXER, build_model, check_choice
 from ._plain import PlainModel, cls_positions, fit_pos_embed, insert_tokens, remove_tokens, resample_pos_embed
 
 # torch.fx takes it whole: it looks at sizes, which have no values while it traces.
@@ -253,19 +253,10 @@ class VisionMamba(PlainModel):
         return checkpoint_filter_fn(state_dict, self)
 
 
-_OFFICIAL_MIXER = {
-    "A_log": "A_log",
-    "D": "D",
-    "conv1d.weight": "conv_weight",
-    "conv1d.bias": "conv_bias",
-    "x_proj.weight": "x_proj_weight",
-    "dt_proj.weight": "dt_proj_weight",
-    "dt_proj.bias": "dt_proj_bias",
-}
 _OFFICIAL_REVERSE = {
     "A_b_log": "A_log",
     "D_b": "D",
-    **{name.replace(".", "_b.", 1): ours for name, ours in _OFFICIAL_MIXER.items() if "." in name},
+    **{name.replace(".", "_b.", 1): ours for name, ours in OFFICIAL_MIXER.items() if "." in name},
 }
 
 
@@ -291,7 +282,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
         if paired:
             prefix, suffix = f"blocks.{int(layer) // 2}", "_reverse" if int(layer) % 2 else ""
         module, _, name = name.partition(".")
-        for official, path in ((_OFFICIAL_MIXER, 0), (_OFFICIAL_REVERSE, 1)):
+        for official, path in ((OFFICIAL_MIXER, 0), (_OFFICIAL_REVERSE, 1)):
             if module == "mixer" and name in official:
                 value = value.squeeze(1) if name.startswith("conv1d") and value.ndim == 3 else value
                 by_path.setdefault(f"{prefix}.{module}{suffix}.{official[name]}", {})[path] = value

@@ -19,8 +19,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import SS2D
-from ..ops import add_norm
+from ..layers import SS2D, add_layer_norm
 from ..paths import SS2D as SS2D_PATHS
 from ._builder import build_model, check_choice, find_backbone
 from ._pyramid import PyramidModel, Stage
@@ -96,10 +95,6 @@ class VSSBlock(nn.Module):
             normed, x = add_layer_norm(pending, x, self.norm2)
             pending = self.drop_path(self.mlp(normed))
         return x, pending
-
-
-def add_layer_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    return add_norm(x, residual, norm.weight, norm.bias, norm="layer", eps=norm.eps)
 
 
 class VMambaStage(Stage):
