@@ -16,26 +16,20 @@ import sys
 from pathlib import Path
 
 from vision_mamba.engine.distributed import start_processes, stop_processes
-from vision_mamba.engine.evaluate import AMP_DTYPES, choose_device
+from vision_mamba.engine.evaluate import choose_device
 from vision_mamba.errors import UserError, run_main
+from vision_mamba.geo import load_exported, load_mmseg, segment_raster
+from vision_mamba.geo.arguments import add_scene_arguments, check_scene_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="config of mmsegmentation, or an exported model (.pt2, .onnx)")
     parser.add_argument("checkpoint", help="weights of the config's model; - for an exported model")
-    parser.add_argument("scenes", nargs="+", help="rasters: GeoTIFF, COG, VRT, JPEG2000, PNG, JPEG")
-    parser.add_argument("--out", required=True, help="folder for the results")
-    parser.add_argument("--window", type=int, default=512, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--overlap", type=int, help="pixels that neighbours share (default: a quarter of the window)")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows a forward pass (default: %(default)s)")
+    add_scene_arguments(parser, window=512, batch_size=4)
     parser.add_argument("--blend", choices=("cosine", "gaussian"), default="cosine")
     parser.add_argument("--tta", choices=("none", "flips", "turns"), default="none", help="1, 4 or 8 views averaged")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="of the windows, averaged")
-    parser.add_argument("--bands", type=int, nargs="+", help="bands of the raster, from 1, in the model's order")
-    parser.add_argument(
-        "--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="for 8-bit models on other rasters"
-    )
     parser.add_argument("--probabilities", action="store_true", help="write those of all classes")
     parser.add_argument("--polygons", choices=("gpkg", "geojson"), help="write outlines")
     parser.add_argument(
@@ -43,25 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--min-area", type=float, default=0.0, metavar="M2", help="smallest outline, square metres")
     parser.add_argument("--resume", action="store_true", help="go on with interrupted scenes")
-    parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="none", help="autocast type")
     exported = parser.add_argument_group("exported models only")
     exported.add_argument("--classes", nargs="+", help="names in the order of the scores")
     exported.add_argument("--mean", type=float, nargs="+", help="a value a band")
     exported.add_argument("--std", type=float, nargs="+", help="a value a band")
     args = parser.parse_args(argv)
-    if args.window < 1 or args.batch_size < 1:
-        raise UserError("--window and --batch-size must be at least 1")
-    if args.overlap is not None and not 0 <= args.overlap < args.window:
-        raise UserError(f"--overlap {args.overlap} must be 0 or more, and below the window ({args.window})")
-    missing = [scene for scene in args.scenes if "://" not in scene and not Path(scene).exists()]
-    if missing:
-        raise UserError(f"no raster {missing[0]}")
+    check_scene_arguments(args)
 
     _, amp = choose_device(args.device, args.amp)
     device, rank, world_size = start_processes(args.device)
-    from vision_mamba.geo import load_exported, load_mmseg, segment_raster
 
     if Path(args.config).suffix in (".pt2", ".onnx"):
         absent = [f"--{name}" for name in ("classes", "mean", "std") if not getattr(args, name)]
