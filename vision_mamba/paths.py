@@ -2,74 +2,239 @@
 
 A path is a permutation of the ``height * width`` token indices (raster order, row by row); a table
 ``paths`` of K paths is an int32 tensor (K, L). Tables are built once per size and device.
+
+A path is known by its name, ``order[number][_modifier ...]``. The orders are the functions in :data:`PATHS`, ``local``
+and ``atrous`` with their number: ``"local7"``. Modifiers apply one after the other: ``_column`` transposes a path (what
+it did along rows it does along columns), ``_flip`` mirrors it left to right, ``_reverse`` walks it from its end. So
+``"snake_column_reverse"`` goes up and down the columns and begins where ``"snake_column"`` ends. ``"reverse"``,
+``"column"`` and ``"antidiagonal"`` stand for ``"raster_reverse"``, ``"raster_column"`` and ``"diagonal_flip"``.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+# An order takes the grid of token indices, (rows, columns), and returns them in its order, (rows * columns,). It only
+# looks at the places in the grid, so a modifier of the grid (transposed, mirrored) modifies the path.
 
-def raster(height: int, width: int) -> Tensor:
+
+def raster(grid: Tensor) -> Tensor:
     """Row by row, each from left to right."""
-    return torch.arange(height * width, dtype=torch.int32)
+    return grid.flatten()
 
 
-def reverse(height: int, width: int) -> Tensor:
-    """Raster order from the last token to the first."""
-    return raster(height, width).flip(0)
+def snake(grid: Tensor) -> Tensor:
+    """Row by row, alternately to the right and to the left, so that every step is to a neighbour.
+
+    The continuous scan of Yang et al. 2024, PlainMamba, arXiv 2403.17695; its four directions are this one, ``_column``
+    and the reverses of both.
+    """
+    rows, _ = _coordinates(grid)
+    return torch.where(rows % 2 == 0, grid, grid.flip(1)).flatten()
 
 
-def column(height: int, width: int) -> Tensor:
-    """Column by column, each from top to bottom."""
-    return raster(height, width).reshape(height, width).t().reshape(-1)
+def local(grid: Tensor, side: int) -> Tensor:
+    """Window by window of ``side`` x ``side`` tokens, windows and tokens inside them row by row.
+
+    Huang et al. 2024, LocalMamba, arXiv 2403.09338, with sides 2 and 7. Windows at the right and lower edge may be
+    smaller; the official code fills them with zeros, which the scan walks too.
+    """
+    rows, columns = _coordinates(grid)
+    return _sorted(grid, rows // side * grid.shape[1] + columns // side)
 
 
-def column_reverse(height: int, width: int) -> Tensor:
-    """Column order from the last token to the first."""
-    return column(height, width).flip(0)
+def atrous(grid: Tensor, step: int) -> Tensor:
+    """Every ``step``-th token of every ``step``-th row first, then the other such sub-grids, each row by row.
+
+    After Pei et al. 2024, EfficientVMamba, arXiv 2403.09977, with step 2. There each sub-grid is a scan of its own,
+    two of the four column by column; here one path visits them all.
+    """
+    rows, columns = _coordinates(grid)
+    return _sorted(grid, rows % step * step + columns % step)
 
 
-PATHS: dict[str, Callable[[int, int], Tensor]] = {
+def diagonal(grid: Tensor) -> Tensor:
+    """Diagonal by diagonal from the upper right corner, each from its upper left to its lower right end."""
+    rows, columns = _coordinates(grid)
+    return _sorted(grid, rows - columns)
+
+
+def morton(grid: Tensor) -> Tensor:
+    """Morton's Z order (1966): quarter by quarter, recursively.
+
+    For any size: the order of the enclosing grid whose side is a power of two, without what lies outside.
+    """
+    rows, columns = _coordinates(grid)
+    bits = torch.arange(16, device=grid.device)  # of coordinates below 2**16
+    spread = [((x.unsqueeze(-1) >> bits & 1) << 2 * bits).sum(-1) for x in (rows, columns)]
+    return _sorted(grid, 2 * spread[0] + spread[1])
+
+
+def hilbert(grid: Tensor) -> Tensor:
+    """Hilbert's curve (1891) along the longer side of the grid, from its first corner to the other end of that side.
+
+    For any size, by J. Cerveny's rule (github jakubcerveny/gilbert): rectangles are halved, where there is a choice at
+    even places. Every step is to a neighbour; only where the longer side is odd and the shorter even, one step is
+    diagonal. A compiler takes the table of a size as a constant.
+    """
+    table = _hilbert_table(operator.index(grid.shape[0]), operator.index(grid.shape[1]))
+    return grid.flatten()[table.to(grid.device)]
+
+
+@torch.compiler.assume_constant_result
+def _hilbert_table(height: int, width: int) -> Tensor:
+    grid = np.arange(height * width).reshape(height, width)
+    # A list: a tracer takes a tensor made of one for a constant, whatever it does with arrays.
+    return torch.tensor(_hilbert(grid if width >= height else grid.T).tolist())
+
+
+def _hilbert(grid: np.ndarray) -> np.ndarray:
+    """The curve from the upper left to the upper right corner."""
+    height, width = grid.shape
+    if min(height, width) == 1:
+        return grid.reshape(-1)
+    if 2 * width > 3 * height:
+        cut = _even_half(width)
+        return np.concatenate([_hilbert(grid[:, :cut]), _hilbert(grid[:, cut:])])
+    # Down the upper left quarter, along the lower half, up the upper right quarter.
+    top, left = _even_half(height), width // 2
+    down, up = grid[:top, :left].T, grid[:top, left:][::-1, ::-1].T
+    return np.concatenate([_hilbert(down), _hilbert(grid[top:]), _hilbert(up)])
+
+
+def _even_half(n: int) -> int:
+    return n // 2 + (n // 2 % 2 if n > 2 else 0)
+
+
+def _coordinates(grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Row (rows, 1) and column (1, columns) of each place in the grid."""
+    rows, columns = (torch.arange(n, device=grid.device) for n in grid.shape)
+    return rows.unsqueeze(1), columns.unsqueeze(0)
+
+
+def _sorted(grid: Tensor, key: Tensor) -> Tensor:
+    """The grid's tokens by rising key, row by row where keys are equal."""
+    return grid.flatten()[key.expand(grid.shape).flatten().argsort(stable=True)]
+
+
+#: The orders by name.
+PATHS: dict[str, Callable[..., Tensor]] = {
     "raster": raster,
-    "reverse": reverse,
-    "column": column,
-    "column_reverse": column_reverse,
+    "snake": snake,
+    "local": local,
+    "atrous": atrous,
+    "diagonal": diagonal,
+    "morton": morton,
+    "hilbert": hilbert,
 }
+_NUMBERED = ("local", "atrous")
+_ALIASES = {
+    "reverse": ("raster", "reverse"),
+    "column": ("raster", "column"),
+    "antidiagonal": ("diagonal", "flip"),
+}
+_GRID_MODIFIERS: dict[str, Callable[[Tensor], Tensor]] = {"column": Tensor.t, "flip": lambda grid: grid.flip(1)}
 
 #: The four directions of SS2D (Liu et al. 2024, VMamba, section 4.2), in the official order.
 SS2D = ("raster", "column", "reverse", "column_reverse")
 
+#: What one name stands for where a model scans along so many paths.
+_DIRECTIONS = {1: ("",), 2: ("", "_reverse"), 4: ("", "_column", "_reverse", "_column_reverse")}
+
 _cache: dict[tuple, Tensor] = {}
 
 
-def scan_paths(names: Sequence[str], height: int, width: int, *, device: torch.device | str = "cpu") -> Tensor:
+def expand_paths(paths: str | Sequence[str], num_paths: int) -> tuple[str, ...]:
+    """The names of a table's rows, from one name for them all or from one name a row.
+
+    Args:
+        paths: a sequence of names is taken as it is, of any length. One name stands for ``num_paths`` directions: for
+            itself, for itself and its reverse (2), or for itself, its transpose and the reverses of both (4, the order
+            of :data:`SS2D`).
+        num_paths: 1, 2 or 4.
+
+    Raises:
+        ValueError: an unknown name, or none.
+    """
+    names = tuple(f"{paths}{end}" for end in _DIRECTIONS[num_paths]) if isinstance(paths, str) else tuple(paths)
+    if not names:
+        raise ValueError("paths is empty; give the name of a scan path, or one name a row")
+    for name in names:
+        _parse(name)
+    return names
+
+
+def _parse(name: str) -> tuple[str, int | None, list[str]]:
+    """Order, its number and the modifiers of a path's name."""
+    first, *modifiers = name.split("_")
+    if first in _ALIASES:
+        first, alias_modifier = _ALIASES[first]
+        modifiers = [alias_modifier, *modifiers]
+    order = first.rstrip("0123456789")
+    digits = first[len(order) :]
+    if order not in PATHS or not all(m == "reverse" or m in _GRID_MODIFIERS for m in modifiers):
+        numbered = [f"{known}N" if known in _NUMBERED else known for known in PATHS]
+        raise ValueError(
+            f"unknown scan path {name!r}; known are {', '.join([*numbered, *_ALIASES])}, each also with "
+            f"{', '.join(f'_{m}' for m in _GRID_MODIFIERS)} or _reverse after it; N is a number, as in local7"
+        )
+    if order not in _NUMBERED and digits:
+        raise ValueError(f"scan path {name!r}: {order} takes no number")
+    if order in _NUMBERED and (not digits or int(digits) < 1):
+        raise ValueError(f"scan path {name!r}: {order} needs a number of at least 1, for example {order}2")
+    return order, int(digits) if digits else None, modifiers
+
+
+def _row(name: str, height: int, width: int, inserted: Sequence[int]) -> Tensor:
+    order, number, modifiers = _parse(name)
+    grid = torch.arange(height * width, dtype=torch.int32).reshape(height, width)
+    # The grid is what the modified path sees of it: the last modifier comes first.
+    for modifier in reversed(modifiers):
+        if modifier != "reverse":
+            grid = _GRID_MODIFIERS[modifier](grid)
+    row = PATHS[order](grid) if number is None else PATHS[order](grid, number)
+    for place in inserted:
+        row = row + (row >= place).to(torch.int32)
+        row = torch.cat([row[:place], row.new_full((1,), place), row[place:]])
+    return row.flip(0) if modifiers.count("reverse") % 2 else row
+
+
+def scan_paths(
+    names: Sequence[str],
+    height: int,
+    width: int,
+    *,
+    inserted: Sequence[int] = (),
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Table of named paths over a ``height`` x ``width`` grid of tokens.
 
     Args:
-        names: one of :data:`PATHS` a row, for example ``("raster", "reverse")`` or :data:`SS2D`.
+        names: a path a row, for example ``("raster", "reverse")``, ``("snake", "local7_column")`` or :data:`SS2D`.
         height, width: tokens a column and a row.
+        inserted: rising places of tokens that are not of the grid (class tokens, registers) in the sequence of all L
+            tokens. They have the same places in every path; a reversed path is the reverse of the whole.
         device: where the table lies.
 
     Returns:
-        (K, height * width) int32. Cached: do not write into it.
+        (K, L) int32 with L = ``height * width + len(inserted)``. Cached: do not write into it.
 
     Raises:
         ValueError: an unknown name.
     """
-    unknown = [name for name in names if name not in PATHS]
-    if unknown:
-        raise ValueError(f"unknown scan path {unknown[0]!r}; known are {', '.join(PATHS)}")
     if torch.compiler.is_compiling():
-        return torch.stack([PATHS[name](height, width) for name in names]).to(device)
-    key = (tuple(names), height, width, str(device))
+        return torch.stack([_row(name, height, width, inserted) for name in names]).to(device)
+    key = (tuple(names), height, width, tuple(inserted), str(device))
     table = _cache.get(key)
     if table is None:
         # A table made in inference mode could not be saved for a backward pass later.
         with torch.inference_mode(False):
-            table = torch.stack([PATHS[name](height, width) for name in names]).to(device)
+            table = torch.stack([_row(name, height, width, inserted) for name in names]).to(device)
         if type(table) is Tensor:  # not the fake tensor of a tracer
             _cache[key] = table
     return table
