@@ -14,7 +14,8 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if CUDA else "cpu"  # of the Triton backend
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+# Triton's interpreter cuts float32 off to bfloat16 where a device rounds to nearest: twice the error.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3, torch.float16: 1e-3}
 
 kernels = pytest.mark.skipif(
     not (CUDA or INTERPRETED) or importlib.util.find_spec("triton") is None,

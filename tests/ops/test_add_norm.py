@@ -162,8 +162,9 @@ def test_the_sum_takes_a_dtype_of_its_own(backend):
     normed, total = add_norm(x, None, weight, residual_dtype=torch.float32, backend=backend)
     assert normed.dtype == torch.bfloat16 and total.dtype == torch.float32
     assert torch.equal(total, x.float())
+    assert add_norm(x, None, weight, dtype=torch.float32, backend=backend)[0].dtype == torch.float32
     same_dtype = add_norm(x, None, weight, backend=backend)[1]
-    assert torch.equal(same_dtype, x) and same_dtype.data_ptr() != x.data_ptr()
+    assert same_dtype is x
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -171,8 +172,10 @@ def test_the_sum_takes_a_dtype_of_its_own(backend):
 def test_opcheck(dtype, backend):
     given = make(Case((2, 3, 8), dtype), device_of(backend))
     torch.library.opcheck(
-        torch.ops.vision_mamba.add_norm, (*given.values(), 1e-5, False, torch.float32, backend)
+        torch.ops.vision_mamba.add_norm, (*given.values(), 1e-5, False, torch.float32, backend, torch.bfloat16)
     )  # fmt: skip
+    alone = (given["x"], None, given["weight"], None, 1e-5, True, dtype, backend, dtype)  # the sum is empty
+    torch.library.opcheck(torch.ops.vision_mamba.add_norm, alone)
     x, residual, weight, bias = (t.detach() for t in given.values())
     arguments = (x, residual, residual, weight, bias, 1e-5, True, dtype, torch.float32, backend)
     torch.library.opcheck(torch.ops.vision_mamba.add_norm_backward, arguments)
@@ -276,7 +279,7 @@ def test_triton_compiles_nothing_new_for_other_numbers_of_rows():
     def compiled() -> int:
         return sum(
             len(cache[0])
-            for kernel in (module._forward_kernel, module._backward_kernel)
+            for kernel in (module._norm_forward_kernel, module._norm_backward_kernel)
             for cache in kernel.device_caches.values()
         )
 
@@ -298,7 +301,7 @@ def test_triton_offsets_beyond_32_bits():
     weight = torch.randn(dim, device=DEVICE)
     found = []
     for part in (x, x[-100:]):
-        normed, total = add_norm(part, None, weight, backend="triton")
+        normed, total = add_norm(part, None, weight, residual_dtype=torch.float32, backend="triton")
         (dx,) = torch.autograd.grad(normed, x, x.detach()[-len(part) :])
         found.append((normed[-100:], total[-100:], dx[-100:]))
     for whole, alone in zip(*found, strict=True):

@@ -205,3 +205,56 @@ def test_bad_input_is_named():
         selective_scan(**inputs, paths=table, backend="cuda")
     with pytest.raises(RuntimeError, match="use 'triton' or 'reference'"):
         resolve_backend("cpu", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("own", [True, False], ids=["a matrix for each path", "one for all"])
+@pytest.mark.parametrize("with_paths", [True, False])
+def test_low_rank_steps_equal_their_product(with_paths, own, backend):
+    generator = torch.Generator().manual_seed(0)
+    inputs, table = make_inputs(2, 7, 3, 6, 4, 1, torch.float64)
+    if not with_paths:  # every path reads the same steps, B and C
+        inputs |= {name: inputs[name][:, :, 0] for name in ("B", "C")}
+    low = torch.randn(2, 7, *([3] if with_paths else []), 2, generator=generator, dtype=torch.float64)
+    weight = torch.randn(*([3] if own and with_paths else []), 6, 2, generator=generator, dtype=torch.float64)
+    product = "blkr,kdr->blkd" if weight.ndim == 3 else "...r,dr->...d"
+
+    found = []
+    for given in (
+        lambda low, weight: {"delta": torch.einsum(product, low, weight)},
+        lambda low, weight: {"delta": low, "delta_weight": weight},
+    ):
+        leaves = [t.clone().requires_grad_() for t in (inputs["u"], low, weight)]
+        others = {name: t for name, t in inputs.items() if name not in ("u", "delta")}
+        y = selective_scan(leaves[0], **given(*leaves[1:]), **others, delta_softplus=True, paths=table, backend=backend)
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, cotangent)])
+        with torch.no_grad():
+            again = selective_scan(
+                leaves[0], **given(*leaves[1:]), **others, delta_softplus=True, paths=table, backend=backend
+            )
+        assert_close("without gradients", again, y.detach(), 1e-12)
+    for name, product, low_rank in zip(("y", "du", "dlow", "dweight"), *found, strict=True):
+        assert_close(name, low_rank, product, 1e-12)
+
+
+def test_low_rank_steps_are_all_that_is_kept():
+    u = torch.randn(2, 7, 40, requires_grad=True)
+    low, weight = torch.randn(2, 7, 3, 2), torch.randn(3, 40, 2)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        selective_scan(u, low, -torch.ones(3, 40, 1), *[torch.randn(2, 7, 3, 1)] * 2, delta_weight=weight)
+    assert low.shape in kept and (2, 7, 3, 40) not in kept
+
+
+def test_bad_low_rank_steps_are_named():
+    u, low, A, B = torch.randn(1, 5, 4), torch.randn(1, 5, 2, 3), -torch.ones(2, 4, 1), torch.randn(1, 5, 2, 1)
+    with pytest.raises(ValueError, match=r"delta_weight has shape \(2, 3, 4\).*\(4, 3\) or \(2, 4, 3\)"):
+        selective_scan(u, low, A, B, B, delta_weight=torch.randn(2, 3, 4))
+    with pytest.raises(ValueError, match="delta_weight is on meta, u on cpu"):
+        selective_scan(u, low, A, B, B, delta_weight=torch.randn(4, 3, device="meta"))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        weight = torch.randn(4, 3, requires_grad=True)
+        y = selective_scan(u, low, A, B, B, delta_weight=weight)
+        (grad,) = torch.autograd.grad(y.square().sum(), weight, create_graph=True)
+        grad.sum().backward()

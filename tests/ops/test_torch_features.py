@@ -229,6 +229,6 @@ def test_triton_convolution_compiles_nothing_new_for_other_lengths():
     for length in (197, 1, 190, 192, 196, 208, 785):
         layer = Mixer("triton").to(DEVICE)
         gradients(layer, layer, tokens("triton", length=length))
-        kernels = (module._forward_kernel, module._backward_kernel)
+        kernels = (module._conv_forward_kernel, module._conv_backward_kernel)
         counts.append(sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()))
     assert counts[-1] == counts[0]

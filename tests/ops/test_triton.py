@@ -187,7 +187,7 @@ def test_scan_with_more_warps_where_the_batch_does_not_fill_the_device(monkeypat
     case = Case(37, num_states=16, merge="sum")
     given = inputs(case, DEVICE)
     assert_near(results(case, given, "triton"), results(case, given, "reference"), TOLERANCE[case.dtype])
-    assert ("_forward_kernel", 4) in launched
+    assert ("_scan_forward_kernel", 4) in launched
 
 
 @kernels
@@ -323,7 +323,7 @@ def test_other_lengths_compile_nothing_new():
     from vision_mamba.ops.triton import selective_scan as module
 
     def compiled() -> int:
-        kernels_used = (module._forward_kernel, module._backward_kernel)
+        kernels_used = (module._scan_forward_kernel, module._scan_backward_kernel)
         return sum(len(cache[0]) for kernel in kernels_used for cache in kernel.device_caches.values())
 
     counts = []

@@ -40,13 +40,30 @@ def init_scan_parameters(
     nn.init.ones_(D)
 
 
-def project_steps(dt: Tensor, weight: Tensor) -> Tensor:
-    """Low-rank step sizes of K paths (..., K * R) times (K, D, R) -> (..., K, D).
+def scan_inputs(x: Tensor, weight: Tensor, d_state: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Low-rank step sizes, B and C of K paths, in one product over the tokens.
 
-    One product with a block-diagonal matrix: it multiplies zeros, but K thin products of rank 6 to 48, and
-    above all the gradient of their weights, take far longer on a GPU.
+    The matrices of the paths are one, block-diagonal where every path has tokens of its own. It multiplies
+    zeros, but K thin products, and above all the gradients of their weights, take far longer on a GPU.
+
+    Args:
+        x: tokens that all paths read, (batch, L, D), or (batch, L, K, D).
+        weight: (K, R + 2N, D).
+        d_state: N.
+
+    Returns:
+        Step sizes (batch, L, K, R), B and C (batch, L, K, N).
     """
-    return F.linear(dt, torch.block_diag(*weight)).unflatten(-1, weight.shape[:2])
+    K, rank = len(weight), weight.shape[1] - 2 * d_state
+    if K > 1 and x.ndim == 4:
+        own = torch.eye(K, dtype=weight.dtype, device=weight.device)[:, None, :, None]
+        weight = (weight.unsqueeze(2) * own).flatten(2)
+    # All paths' step sizes first, then all B, then all C: each is a slice whose rows start aligned.
+    edges = ((0, rank), (rank, rank + d_state), (rank + d_state, rank + 2 * d_state))
+    rows = torch.cat([matrix[start:end] for start, end in edges for matrix in weight])
+    parts = F.linear(x.flatten(2), rows).split((K * rank, K * d_state, K * d_state), dim=-1)
+    dt, B, C = (part.unflatten(-1, (K, -1)) for part in parts)
+    return dt, B, C
 
 
 class MambaMixer(nn.Module):
@@ -113,39 +130,32 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
         """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
-        batch, length, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)
         if self.share_paths:
-            x = causal_conv1d(x, self.conv_weight[0], self.conv_bias[0], activation="silu").unsqueeze(2)
+            x = causal_conv1d(x, self.conv_weight[0], self.conv_bias[0], activation="silu")
         else:
             x = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", paths=paths)
-        sets = x.shape[2]
-
-        # One batched product for all paths, (K, batch * L, channels), without a copy of x.
-        by_path = x.reshape(batch * length, sets, -1).transpose(0, 1)
-        projected = torch.bmm(by_path, self.x_proj_weight.transpose(1, 2))
-        dt, B, C = projected.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        delta = torch.bmm(dt, self.dt_proj_weight.transpose(1, 2))
-
-        def tokens(tensor: Tensor) -> Tensor:  # -> (batch, L, K, channels), or without K if shared
-            tensor = tensor.unflatten(1, (batch, length)).permute(1, 2, 0, 3)
-            return tensor.squeeze(2) if self.share_paths else tensor
-
+        dt, B, C = scan_inputs(x, self.x_proj_weight, self.d_state)
+        if self.share_paths:
+            dt, B, C = dt.squeeze(2), B.squeeze(2), C.squeeze(2)
         # A, D, the bias and the states stay float32 under autocast: bf16 steps would lose the slow decays.
         A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = selective_scan(
-            x.squeeze(2) if self.share_paths else x,
-            tokens(delta),
+            x,
+            dt,
             -torch.exp(A_log),
-            tokens(B),
-            tokens(C),
+            B,
+            C,
             self.D[0] if self.share_paths else self.D,
             z,
             self.dt_proj_bias[0] if self.share_paths else self.dt_proj_bias,
+            delta_weight=self.dt_proj_weight[0] if self.share_paths else self.dt_proj_weight,
             delta_softplus=True,
             paths=paths,
             merge="sum",
         )
         assert isinstance(y, Tensor)
-        y = self.out_proj(y / self.num_paths if self.average else y)
+        y = self.out_proj(y)
+        if self.average:  # after the projection, which is linear: there it costs less
+            y = y / self.num_paths
         return y if self.gamma is None else y * self.gamma

@@ -82,20 +82,21 @@ class MultiPathMixer(nn.Module):
         A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = selective_scan(
             x,
-            F.linear(dt, self.dt_proj_weight),
+            dt,
             -torch.exp(A_log),
             B,
             C,
             self.D,
             z,
             self.dt_proj_bias,
+            delta_weight=self.dt_proj_weight,
             delta_softplus=True,
             paths=paths,
             merge="sum" if self.gate is None else "none",
         )
         assert isinstance(y, Tensor)
         if self.gate is None:
-            return self.out_proj(y / self.num_paths if self.num_paths > 1 else y)
+            return self.out_proj(y) / self.num_paths
         scores = self.gate(self.out_proj(y.mean(1)).flatten(1))
         weights = scores.softmax(-1).to(y.dtype)
         return self.out_proj((y * weights[:, None, :, None]).sum(2))

@@ -1,10 +1,46 @@
-"""The fused residual addition and norm, on a norm's own parameters."""
+"""Norms in one pass over memory, and the fused residual addition and norm, on a norm's own parameters."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from ..ops import add_norm
+
+
+def _written(x: Tensor, weight: Tensor, stream: bool) -> torch.dtype:
+    """The dtype in which a norm's result is wanted."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return weight.dtype if stream else torch.get_autocast_dtype(x.device.type)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis, by :func:`vision_mamba.ops.add_norm`: many short rows at once.
+
+    Under autocast PyTorch's writes float32, whatever comes next. This one computes in float32 too, but writes the
+    autocast dtype, for a projection or convolution that reads nothing else; with ``stream`` the dtype of its
+    parameters, for a residual stream.
+    """
+
+    def __init__(self, *args: Any, stream: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stream = stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = _written(x, self.weight, self.stream)
+        return add_norm(x, None, self.weight, self.bias, norm="layer", eps=self.eps, dtype=dtype)[0]
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over the last axis; see :class:`LayerNorm`."""
+
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return add_norm(x, None, self.weight, norm="rms", eps=self.eps, dtype=_written(x, self.weight, False))[0]
 
 
 def add_layer_norm(x: Tensor, residual: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:

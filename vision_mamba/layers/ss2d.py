@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from ..ops import selective_scan
 from ..paths import SS2D as SS2D_PATHS
-from ..paths import scan_paths
-from .mamba import init_scan_parameters, project_steps
+from ..paths import expand_paths, scan_paths
+from .mamba import init_scan_parameters, scan_inputs
 from .norm import add_layer_norm
 
 
@@ -31,7 +31,8 @@ class SS2D(nn.Module):
         conv_bias: bias of that convolution.
         gate: multiply the normalised scan by ``silu(z)``, as in the first version; the released s1l8, s2l5,
             s1l20 and s2l15 have none (official ``_noz``).
-        paths: names of scan paths over the map (:data:`vision_mamba.paths.PATHS`), one set of parameters each.
+        paths: names of scan paths over the map (:mod:`vision_mamba.paths`), one set of parameters each. One name alone
+            stands for four: itself, its transpose and the reverses of both.
         norm_eps: of the norm after the scan.
     """
 
@@ -45,7 +46,7 @@ class SS2D(nn.Module):
         d_conv: int = 3,
         conv_bias: bool = False,
         gate: bool = False,
-        paths: Sequence[str] = SS2D_PATHS,
+        paths: str | Sequence[str] = SS2D_PATHS,
         norm_eps: float = 1e-5,
         device=None,
         dtype=None,
@@ -55,7 +56,7 @@ class SS2D(nn.Module):
             raise ValueError(f"d_conv={d_conv}: the convolution keeps the map's size only with an odd side")
         dd = {"device": device, "dtype": dtype}
         inner = int(expand * dim)
-        self.d_state, self.gate, self.path_names = d_state, gate, tuple(paths)
+        self.d_state, self.gate, self.path_names = d_state, gate, expand_paths(paths, 4)
         self.dt_rank = dt_rank or math.ceil(dim / 16)
         K = len(self.path_names)
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
@@ -88,20 +89,18 @@ class SS2D(nn.Module):
 
     def scan(self, u: Tensor, height: int, width: int) -> Tensor:
         """Sum of the scans along all paths: tokens (batch, L, inner) -> (batch, L, inner)."""
-        K, R, N = len(self.path_names), self.dt_rank, self.d_state
-        # All paths' steps first, then all B, then all C: each is a slice whose rows start aligned.
-        parts = (part.flatten(0, 1) for part in self.x_proj_weight.split((R, N, N), dim=1))
-        dt, B, C = F.linear(u, torch.cat(list(parts))).split((K * R, K * N, K * N), dim=-1)
+        dt, B, C = scan_inputs(u, self.x_proj_weight, self.d_state)
         # A, D, the bias and the states stay float32 under autocast: bf16 steps would lose the slow decays.
         A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = selective_scan(
             u,
-            project_steps(dt, self.dt_proj_weight),
+            dt,
             -torch.exp(A_log),
-            B.unflatten(-1, (K, N)),
-            C.unflatten(-1, (K, N)),
+            B,
+            C,
             self.D,
             delta_bias=self.dt_proj_bias,
+            delta_weight=self.dt_proj_weight,
             delta_softplus=True,
             paths=scan_paths(self.path_names, height, width, device=u.device),
             merge="sum",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import load_backend, resolve_backend
+from .backend import load_backend, needs_operator, resolve_backend
 
 
 def add_norm(
@@ -17,6 +17,7 @@ def add_norm(
     *,
     norm: str = "rms",
     eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
     residual_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -34,12 +35,14 @@ def add_norm(
         bias: (D,) or None.
         norm: ``"rms"`` or ``"layer"``.
         eps: added to the mean square, or to the variance.
+        dtype: of the normalised sum; by default that of ``x``.
         residual_dtype: of ``r``; by default that of ``residual``, or of ``x`` without one.
             float32 under a bfloat16 ``x`` is Vim's ``residual_in_fp32``.
         backend: ``"triton"``, ``"cpu"`` or ``"reference"``; by device if None.
 
     Returns:
-        The normalised sum in the dtype of ``x``, and ``r`` in ``residual_dtype``, both (..., D) and dense.
+        The normalised sum in ``dtype``, and ``r`` in ``residual_dtype``, both (..., D) and dense; ``x`` itself
+        where nothing is added to it and its dtype stays.
         Without rows both are empty.
 
     Raises:
@@ -60,36 +63,49 @@ def add_norm(
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
     chosen = resolve_backend(backend, x.device)
+    dtype = dtype or x.dtype
     if residual_dtype is None:
         residual_dtype = x.dtype if residual is None else residual.dtype
     if chosen == "reference":
-        return reference.add_norm(x, residual, weight, bias, norm=norm, eps=eps, residual_dtype=residual_dtype)
-    return torch.ops.vision_mamba.add_norm(x, residual, weight, bias, eps, norm == "rms", residual_dtype, chosen)
+        normed, total = reference.add_norm(
+            x, residual, weight, bias, norm=norm, eps=eps, dtype=dtype, residual_dtype=residual_dtype
+        )
+        return normed, x if _alone(x, residual, residual_dtype) else total
+    run = torch.ops.vision_mamba.add_norm if needs_operator(x, residual, weight, bias) else _AddNorm.apply
+    normed, total = run(x, residual, weight, bias, eps, norm == "rms", residual_dtype, chosen, dtype)
+    return normed, x if _alone(x, residual, residual_dtype) else total
+
+
+def _alone(x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype) -> bool:
+    """Whether the sum is ``x``: the operator then returns an empty one, as its output must not be its input."""
+    return residual is None and residual_dtype == x.dtype
+
+
+def _forward(x, residual, weight, bias, eps, rms, residual_dtype, backend, dtype):
+    keep_sum = not _alone(x, residual, residual_dtype)
+    normed, total = load_backend(backend).add_norm_forward(
+        x, residual, weight, bias, eps, rms, residual_dtype if keep_sum else None, dtype
+    )
+    return normed, x.new_empty(0) if total is None else total
 
 
 # Schemas are spelt out: torch 2.6 cannot infer them from annotations such as ``list[Tensor]``.
-@torch.library.custom_op(
+_add_norm = torch.library.custom_op(
     "vision_mamba::add_norm",
+    _forward,
     mutates_args=(),
     schema="(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool rms, ScalarType residual_dtype, "
-    "str backend) -> (Tensor, Tensor)",
+    "str backend, ScalarType dtype) -> (Tensor, Tensor)",
 )
-def _add_norm(x, residual, weight, bias, eps, rms, residual_dtype, backend):
-    return load_backend(backend).add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype)
 
 
 @_add_norm.register_fake
-def _(x, residual, weight, bias, eps, rms, residual_dtype, backend):
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=residual_dtype)
+def _(x, residual, weight, bias, eps, rms, residual_dtype, backend, dtype):
+    sum_shape = (0,) if _alone(x, residual, residual_dtype) else x.shape
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(sum_shape, dtype=residual_dtype)
 
 
-@torch.library.custom_op(
-    "vision_mamba::add_norm_backward",
-    mutates_args=(),
-    schema="(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor weight, Tensor? bias, float eps, bool rms, "
-    "ScalarType x_dtype, ScalarType residual_dtype, str backend) -> Tensor[]",
-)
-def _add_norm_backward(dnormed, dsum, sum, weight, bias, eps, rms, x_dtype, residual_dtype, backend):
+def _backward(dnormed, dsum, sum, weight, bias, eps, rms, x_dtype, residual_dtype, backend):
     """The gradient of the sum in each of the two dtypes, once where they are equal, then those of weight and bias.
 
     The statistics are found again from the sum: that costs no memory traffic.
@@ -97,6 +113,15 @@ def _add_norm_backward(dnormed, dsum, sum, weight, bias, eps, rms, x_dtype, resi
     dtypes = [x_dtype] if x_dtype == residual_dtype else [x_dtype, residual_dtype]
     dsums, dweight, dbias = load_backend(backend).add_norm_backward(dnormed, dsum, sum, weight, bias, eps, rms, dtypes)
     return [*dsums, dweight] if dbias is None else [*dsums, dweight, dbias]
+
+
+_add_norm_backward = torch.library.custom_op(
+    "vision_mamba::add_norm_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor weight, Tensor? bias, float eps, bool rms, "
+    "ScalarType x_dtype, ScalarType residual_dtype, str backend) -> Tensor[]",
+)
 
 
 @_add_norm_backward.register_fake
@@ -111,8 +136,9 @@ def _no_second_order(ctx, *grads):
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, weight, bias, eps, rms, _, backend = inputs
-    ctx.save_for_backward(output[1], weight, bias)
+    x, residual, weight, bias, eps, rms, residual_dtype, backend, _ = inputs
+    ctx.alone = _alone(x, residual, residual_dtype)
+    ctx.save_for_backward(x if ctx.alone else output[1], weight, bias)
     ctx.options = (eps, rms, x.dtype, (x if residual is None else residual).dtype, backend)
     ctx.has_residual = residual is not None
     ctx.set_materialize_grads(False)
@@ -122,16 +148,31 @@ def _add_norm_autograd(ctx, dnormed, dsum):
     total, weight, bias = ctx.saved_tensors  # once: activation checkpointing unpacks only once
     _, _, x_dtype, residual_dtype, _ = ctx.options
     dweight = dbias = None
+    if ctx.alone:  # the gradient of an empty tensor, where a compiler gives one
+        dsum = None
     if dnormed is not None:
-        grads = torch.ops.vision_mamba.add_norm_backward(dnormed, dsum, total, weight, bias, *ctx.options)
+        # With create_graph gradients are enabled here: the operator's own derivative then says that there is none.
+        opaque = torch.is_grad_enabled() or needs_operator(dnormed, dsum, total, weight, bias)
+        run = torch.ops.vision_mamba.add_norm_backward if opaque else _backward
+        grads = run(dnormed, dsum, total, weight, bias, *ctx.options)
         dx, dresidual = grads[0], grads[0 if x_dtype == residual_dtype else 1]
         dweight, dbias = (grads[-1], None) if bias is None else grads[-2:]
     elif dsum is not None:
         dx, dresidual = dsum.to(x_dtype), dsum.to(residual_dtype)
     else:
         dx = dresidual = None
-    return dx, dresidual if ctx.has_residual else None, dweight, dbias, None, None, None, None
+    return dx, dresidual if ctx.has_residual else None, dweight, dbias, None, None, None, None, None
 
 
 _add_norm.register_autograd(_add_norm_autograd, setup_context=_setup_context)
 _add_norm_backward.register_autograd(_no_second_order)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):  # PyTorch's own way to call a setup_context looks up the signature every time
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_add_norm_autograd)

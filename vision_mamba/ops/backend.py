@@ -8,6 +8,9 @@ import os
 from types import ModuleType
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 BACKENDS = ("triton", "cpu", "reference")
 _FROM_ENVIRONMENT = os.environ.get("VISION_MAMBA_BACKEND")
@@ -43,3 +46,16 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
 def load_backend(name: str) -> ModuleType:
     """The package of a backend, imported at first use: numba and triton are slow to import."""
     return importlib.import_module(f".{name}", __package__)
+
+
+def needs_operator(*tensors: Tensor | None) -> bool:
+    """Whether somebody has to see a call as one operator of PyTorch's dispatcher.
+
+    That is a compiler, an exporter, a dispatch mode (such as the one that counts FLOPs), a tensor subclass or a
+    tensor without memory (device meta). For all others an operator written in Python is a detour: it costs more than
+    the launch of the kernel, and small models wait for Python as it is. They get the same functions as a
+    ``torch.autograd.Function``.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return True
+    return any(t is not None and (type(t) not in (Tensor, Parameter) or t.is_meta) for t in tensors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import load_backend, resolve_backend
+from .backend import load_backend, needs_operator, resolve_backend
 from .selective_scan import canonical_paths
 
 
@@ -59,7 +59,8 @@ def causal_conv1d(
     if name == "reference":
         y = reference.causal_conv1d(x, weight, bias, activation=activation, paths=paths)
     else:
-        y = torch.ops.vision_mamba.causal_conv1d(x, weight, bias, paths, activation == "silu", name)
+        run = torch.ops.vision_mamba.causal_conv1d if needs_operator(x, weight, bias) else _Conv.apply
+        y = run(x, weight, bias, paths, activation == "silu", name)
     return y if has_paths else y.squeeze(2)
 
 
@@ -67,9 +68,13 @@ def causal_conv1d(
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor paths, bool silu, str backend"
 
 
-@torch.library.custom_op("vision_mamba::causal_conv1d", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
-def _conv(x, weight, bias, paths, silu, backend):
+def _forward(x, weight, bias, paths, silu, backend):
     return load_backend(backend).causal_conv1d_forward(x, weight, bias, paths, silu)
+
+
+_conv = torch.library.custom_op(
+    "vision_mamba::causal_conv1d", _forward, mutates_args=(), schema=f"({_INPUTS}) -> Tensor"
+)
 
 
 @_conv.register_fake
@@ -77,13 +82,15 @@ def _(x, weight, bias, paths, silu, backend):
     return x.new_empty((x.shape[0], x.shape[1], weight.shape[0], x.shape[2]))
 
 
-@torch.library.custom_op(
-    "vision_mamba::causal_conv1d_backward", mutates_args=(), schema=f"(Tensor dy, {_INPUTS}) -> Tensor[]"
-)
-def _conv_backward(dy, x, weight, bias, paths, silu, backend):
+def _backward(dy, x, weight, bias, paths, silu, backend):
     grads = load_backend(backend).causal_conv1d_backward(dy, x, weight, bias, paths, silu)
     # Dense, as the fake kernel says: compiled code relies on the strides.
     return [grad.contiguous() for grad in grads if grad is not None]
+
+
+_conv_backward = torch.library.custom_op(
+    "vision_mamba::causal_conv1d_backward", _backward, mutates_args=(), schema=f"(Tensor dy, {_INPUTS}) -> Tensor[]"
+)
 
 
 @_conv_backward.register_fake
@@ -104,10 +111,23 @@ def _setup_context(ctx, inputs, output):
 
 def _conv_autograd(ctx, dy):
     tensors = ctx.saved_tensors  # once: activation checkpointing unpacks only once
-    grads = torch.ops.vision_mamba.causal_conv1d_backward(dy, *tensors, *ctx.options)
+    # With create_graph gradients are enabled here: the operator's own derivative then says that there is none.
+    opaque = torch.is_grad_enabled() or needs_operator(dy, *tensors)
+    run = torch.ops.vision_mamba.causal_conv1d_backward if opaque else _backward
+    grads = run(dy, *tensors, *ctx.options)
     dbias = grads[2] if tensors[2] is not None else None
     return grads[0], grads[1], dbias, None, None, None
 
 
 _conv.register_autograd(_conv_autograd, setup_context=_setup_context)
 _conv_backward.register_autograd(_no_second_order)
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):  # PyTorch's own way to call a setup_context looks up the signature every time
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_conv_autograd)

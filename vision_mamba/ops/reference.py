@@ -168,13 +168,14 @@ def add_norm(
     *,
     norm: str = "rms",
     eps: float = 1e-5,
+    dtype: torch.dtype,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and result as :func:`vision_mamba.ops.add_norm`."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
+    inner = torch.float64 if x.dtype == torch.float64 else torch.float32
+    total = x.to(inner) if residual is None else x.to(inner) + residual.to(inner)
     centred = total - total.mean(-1, keepdim=True) if norm == "layer" else total
-    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.to(inner)
     if bias is not None:
-        normed = normed + bias.to(dtype)
-    return normed.to(x.dtype), total.to(residual_dtype)
+        normed = normed + bias.to(inner)
+    return normed.to(dtype), total.to(residual_dtype)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import reference
-from .backend import load_backend, resolve_backend
+from .backend import load_backend, needs_operator, resolve_backend
 
 
 def selective_scan(
@@ -23,6 +24,7 @@ def selective_scan(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     *,
+    delta_weight: Tensor | None = None,
     delta_softplus: bool = False,
     paths: Tensor | None = None,
     merge: str = "none",
@@ -52,6 +54,9 @@ def selective_scan(
         D: skip weights, (K, D) or (D,).
         z: gate, (batch, L, D) or (batch, L, K, D).
         delta_bias: added to ``delta``, (K, D) or (D,).
+        delta_weight: (K, D, R), or (D, R) for all paths: then ``delta`` is low-rank, (batch, L, K, R) or
+            (batch, L, R), and its product with this matrix are the step sizes. A training step keeps only the low-rank
+            form and multiplies again in its backward pass (not in compiled code, which sees the plain product).
         delta_softplus: apply softplus to ``delta + delta_bias``.
         paths: (K, L) integer permutations of the tokens, or (L,) for one path; None is raster order.
         merge: ``"none"`` or ``"sum"`` over the paths.
@@ -71,8 +76,14 @@ def selective_scan(
     if merge not in ("none", "sum"):
         raise ValueError(f"merge={merge!r}: allowed are 'none' and 'sum'")
     name = resolve_backend(backend, u.device)
+    if delta_weight is not None:
+        _check_steps(u, delta, delta_weight)
+        given = (u, delta, A, B, C, D, z, delta_bias, initial_state, delta_weight)
+        # Without a path axis the low-rank form would be read once a path, and is multiplied before.
+        if name == "reference" or delta.ndim == 3 or needs_operator(*given):
+            delta, delta_weight = step_sizes(delta, delta_weight), None
     u4, delta4, A, B, C, D, z, delta_bias, paths4, initial_state, has_paths = _canonical(
-        u, delta, A, B, C, D, z, delta_bias, paths, initial_state
+        u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_weight
     )
     if name == "reference":
         y, last_state = reference.selective_scan(
@@ -80,12 +91,16 @@ def selective_scan(
             initial_state=initial_state, return_last_state=True,
         )  # fmt: skip
     else:
-        tensors = (u4, delta4, A, B, C, D, z, delta_bias, initial_state)
+        tensors = (u4, delta4, A, B, C, D, z, delta_bias, initial_state, delta_weight)
         save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y, last_state, _ = torch.ops.vision_mamba.selective_scan(
-            u4, delta4, A, B, C, D, z, delta_bias, paths4, initial_state, delta_softplus, merge == "sum",
-            save_states, name,
-        )  # fmt: skip
+        options = (delta_softplus, merge == "sum", save_states, name)
+        inputs = (u4, delta4, A, B, C, D, z, delta_bias, paths4, initial_state, *options)
+        if needs_operator(*tensors):
+            y, last_state, _ = torch.ops.vision_mamba.selective_scan(*inputs)
+        elif save_states:
+            y, last_state, _ = _Scan.apply(delta_weight, *inputs)
+        else:
+            y, last_state, _ = _forward(u4, step_sizes(delta4, delta_weight), *inputs[2:])
     if merge == "none" and not has_paths:
         y = y.squeeze(2)
     if not return_last_state:
@@ -93,8 +108,57 @@ def selective_scan(
     return y, last_state if has_paths else last_state.squeeze(1)
 
 
-def _canonical(u, delta, A, B, C, D, z, delta_bias, paths, initial_state):
-    """Views with K everywhere: u, z (b, L, 1 or K, D); delta (b, L, K, D); B, C (b, L, K, G, N); A (K, D, N)."""
+def _check_steps(u: Tensor, delta: Tensor, weight: Tensor) -> None:
+    paths = delta.shape[2:-1]  # empty without a path axis
+    allowed = [(u.shape[-1], delta.shape[-1])] + ([(*paths, u.shape[-1], delta.shape[-1])] if paths else [])
+    if tuple(weight.shape) not in allowed:
+        raise ValueError(
+            f"delta_weight has shape {tuple(weight.shape)}; with delta {tuple(delta.shape)} and u {tuple(u.shape)} "
+            f"expected {' or '.join(str(shape) for shape in allowed)}"
+        )
+    if weight.device != u.device:
+        raise ValueError(f"delta_weight is on {weight.device}, u on {u.device}")
+
+
+def _block_diagonal(weight: Tensor) -> Tensor:
+    """(K, D, R) -> (K * D, K * R)."""
+    K = len(weight)
+    own = torch.eye(K, dtype=weight.dtype, device=weight.device)[:, None, :, None]
+    return (weight.unsqueeze(2) * own).flatten(2).flatten(0, 1)
+
+
+def step_sizes(delta: Tensor, weight: Tensor | None) -> Tensor:
+    """Low-rank step sizes (batch, L, K, R) or (batch, L, R) times (K, D, R) or (D, R), in the dtype of ``delta``.
+
+    With K matrices one product, block-diagonal: it multiplies zeros, but K thin products, and above all the
+    gradients of their weights, take far longer on a GPU.
+    """
+    if weight is None:
+        return delta
+    weight = weight.to(delta.dtype)
+    if weight.ndim == 2:
+        return F.linear(delta, weight)
+    return F.linear(delta.flatten(2), _block_diagonal(weight)).unflatten(-1, weight.shape[:2])
+
+
+def _step_gradients(ddelta: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of what ``step_sizes`` was given, for a ``delta`` with a path axis."""
+    dtype = weight.dtype
+    weight = weight.to(delta.dtype)
+    if weight.ndim == 2:
+        return ddelta @ weight, (ddelta.flatten(0, 2).t() @ delta.flatten(0, 2)).to(dtype)
+    K, D, R = weight.shape
+    rows = ddelta.flatten(0, 1).flatten(1)
+    of_delta = (rows @ _block_diagonal(weight)).view(delta.shape)
+    of_weight = (rows.t() @ delta.flatten(2).flatten(0, 1)).view(K, D, K, R)
+    return of_delta, of_weight.diagonal(dim1=0, dim2=2).permute(2, 0, 1).to(dtype)
+
+
+def _canonical(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_weight=None):
+    """Views with K everywhere: u, z (b, L, 1 or K, D); delta (b, L, K, D); B, C (b, L, K, G, N); A (K, D, N).
+
+    With ``delta_weight`` the last axis of ``delta`` is its rank.
+    """
     if u.ndim not in (3, 4) or delta.ndim not in (3, 4):
         raise ValueError(f"u and delta must have 3 or 4 axes, got {tuple(u.shape)} and {tuple(delta.shape)}")
     batch, length, dim = u.shape[0], u.shape[1], u.shape[-1]
@@ -114,7 +178,10 @@ def _canonical(u, delta, A, B, C, D, z, delta_bias, paths, initial_state):
 
     shared, per_path = (batch, length, dim), (batch, length, num_paths, dim)
     fit("u", u, shared, per_path)
-    fit("delta", delta, per_path if delta_has_paths else shared)
+    if delta_weight is None:
+        fit("delta", delta, per_path if delta_has_paths else shared)
+    else:
+        fit("delta", delta, (*per_path[:3], delta.shape[-1]))
     fit("A", A, (dim, num_states), (num_paths, dim, num_states))
     for name, tensor in (("B", B), ("C", C)):
         lead = (batch, length, num_paths) if delta_has_paths else (batch, length)
@@ -171,16 +238,19 @@ _TENSORS = (
 )
 
 
-@torch.library.custom_op(
-    "vision_mamba::selective_scan",
-    mutates_args=(),
-    schema=f"({_TENSORS}, bool delta_softplus, bool merge, bool save_states, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def _scan(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, backend):
+def _forward(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, backend):
     """Canonical shapes in; y, last state (b, K, D, N) and the backend's saved border states out."""
     return load_backend(backend).selective_scan_forward(
         u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states
     )
+
+
+_scan = torch.library.custom_op(
+    "vision_mamba::selective_scan",
+    _forward,
+    mutates_args=(),
+    schema=f"({_TENSORS}, bool delta_softplus, bool merge, bool save_states, str backend) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_scan.register_fake
@@ -195,13 +265,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus,
     return y, last_state, u.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op(
-    "vision_mamba::selective_scan_backward",
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor? dlast_state, Tensor states, {_TENSORS}, bool delta_softplus, bool merge, str backend)"
-    " -> Tensor[]",
-)
-def _scan_backward(
+def _backward(
     dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, backend
 ):
     """Gradients of the tensors that are there, in the order u, delta, A, B, C, D, z, delta_bias, initial_state."""
@@ -210,6 +274,15 @@ def _scan_backward(
     )
     # Dense, as the fake kernel says: compiled code relies on the strides.
     return [grad.contiguous() for grad in grads if grad is not None]
+
+
+_scan_backward = torch.library.custom_op(
+    "vision_mamba::selective_scan_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor? dlast_state, Tensor states, {_TENSORS}, bool delta_softplus, bool merge, str backend)"
+    " -> Tensor[]",
+)
 
 
 @_scan_backward.register_fake
@@ -233,16 +306,19 @@ def _setup_context(ctx, inputs, output):
 
 def _scan_autograd(ctx, dy, dlast_state, dstates):
     *tensors, states = ctx.saved_tensors
+    return _gradients(ctx.options, tensors, states, dy, dlast_state)
+
+
+def _gradients(options, tensors, states, dy, dlast_state):
     u, delta, A, B, C, D, z, delta_bias, paths, initial_state = tensors
-    delta_softplus, merge, backend = ctx.options
+    delta_softplus, merge, backend = options
     if dy is None:
         batch, length, num_paths, dim = delta.shape
         dy = u.new_zeros((batch, length, dim) if merge else (batch, length, num_paths, dim))
-    grads = iter(
-        torch.ops.vision_mamba.selective_scan_backward(
-            dy, dlast_state, states, *tensors, delta_softplus, merge, backend
-        )
-    )
+    # With create_graph gradients are enabled here: the operator's own derivative then says that there is none.
+    opaque = torch.is_grad_enabled() or needs_operator(dy, dlast_state, states, *tensors)
+    run = torch.ops.vision_mamba.selective_scan_backward if opaque else _backward
+    grads = iter(run(dy, dlast_state, states, *tensors, delta_softplus, merge, backend))
     differentiable = (u, delta, A, B, C, D, z, delta_bias)
     of_inputs = [next(grads) if t is not None else None for t in differentiable]
     of_state = next(grads) if initial_state is not None else None
@@ -251,3 +327,26 @@ def _scan_autograd(ctx, dy, dlast_state, dstates):
 
 _scan.register_autograd(_scan_autograd, setup_context=_setup_context)
 _scan_backward.register_autograd(_no_second_order)
+
+
+class _Scan(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher, and with low-rank step sizes."""
+
+    @staticmethod
+    def forward(ctx, delta_weight, u, delta, *inputs):
+        *tensors, delta_softplus, merge, _, backend = inputs
+        output = _forward(u, step_sizes(delta, delta_weight), *inputs)
+        ctx.save_for_backward(u, delta, *tensors, output[2], delta_weight)
+        ctx.options = (delta_softplus, merge, backend)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx, dy, dlast_state, dstates):
+        u, delta, *tensors, states, weight = ctx.saved_tensors
+        steps = step_sizes(delta, weight)
+        du, ddelta, *grads = _gradients(ctx.options, (u, steps, *tensors), states, dy, dlast_state)
+        dweight = None
+        if weight is not None:
+            ddelta, dweight = _step_gradients(ddelta, delta, weight)
+        return dweight, du, ddelta, *grads

@@ -67,20 +67,20 @@ def _rows(tensor, dim, dtype):
     return array, strides[0]
 
 
-def add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype):
-    """(..., D) -> the normalised sum in the dtype of x, the sum in ``residual_dtype``."""
+def add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype, normed_dtype):
+    """(..., D) -> the normalised sum in ``normed_dtype``, the sum in ``residual_dtype`` (None where that is None)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = x.shape[-1:]
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    # Always new memory: an operator's output must not be its input.
-    total = x.to(dtype, copy=True) if residual is None else x.to(dtype) + residual.to(dtype)
+    total = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
     if rms:
         normed = F.rms_norm(total, shape, weight, eps)
         normed = normed if bias is None else normed + bias
     else:
         normed = F.layer_norm(total, shape, weight, bias, eps)
-    return normed.to(x.dtype).contiguous(), total.to(residual_dtype).contiguous()
+    normed = normed.to(normed_dtype).contiguous()
+    return normed, None if residual_dtype is None else total.to(residual_dtype).contiguous()
 
 
 def add_norm_backward(dnormed, dsum, total, weight, bias, eps, rms, dtypes):

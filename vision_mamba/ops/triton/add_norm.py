@@ -25,7 +25,7 @@ def _normalised(r, c_ok, dim, eps, RMS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=[name for name in _VARYING if name in ("rows", "x_l", "residual_l")])
-def _forward_kernel(
+def _norm_forward_kernel(
     x, residual, weight, bias, normed, total, rows, dim, x_l, residual_l, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,8 @@ def _forward_kernel(
     r = load_rows(x, row, tl.multiple_of(x_l.to(tl.int64), ALIGN), c, c_ok).to(tl.float32)
     if residual is not None:
         r += load_rows(residual, row, tl.multiple_of(residual_l.to(tl.int64), ALIGN), c, c_ok).to(tl.float32)
-    store_rows(total, row, dim, c, c_ok, r)
+    if total is not None:
+        store_rows(total, row, dim, c, c_ok, r)
     out, _ = _normalised(r, c_ok, dim, eps, RMS)
     out *= tl.load(weight + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
@@ -45,7 +46,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=[name for name in _VARYING if name not in ("x_l", "residual_l")])
-def _backward_kernel(
+def _norm_backward_kernel(
     dnormed, dsum, total, weight, grad, grad_other, dweight, dbias, rows, span, dim, dnormed_l, dsum_l, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
@@ -99,17 +100,18 @@ def _strides(**tensors: Tensor | None) -> dict[str, int]:
     return {f"{name}_l": 0 if tensor is None else tensor.stride(0) for name, tensor in tensors.items()}
 
 
-def add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype) -> tuple[Tensor, Tensor]:
-    """(..., D) -> the normalised sum in the dtype of x, the sum in ``residual_dtype``."""
-    normed, total = x.new_empty(x.shape), x.new_empty(x.shape, dtype=residual_dtype)
-    check_dtypes(x=x, residual=residual, weight=weight, bias=bias, residual_dtype=total)
+def add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype, dtype) -> tuple[Tensor, Tensor | None]:
+    """(..., D) -> the normalised sum in ``dtype``, the sum in ``residual_dtype`` (None where that is None)."""
+    normed = x.new_empty(x.shape, dtype=dtype)
+    total = None if residual_dtype is None else x.new_empty(x.shape, dtype=residual_dtype)
+    check_dtypes(x=x, residual=residual, weight=weight, bias=bias, dtype=normed, residual_dtype=total)
     rows_x, rows_residual = _rows(x), _rows(residual)
     dim = x.shape[-1]
     strides = _strides(x=rows_x, residual=rows_residual)
     tile, warps = _tile(dim)
     if x.numel() > 0:
         with on_device(x):
-            _forward_kernel[(triton.cdiv(len(rows_x), tile["ROWS"]),)](
+            _norm_forward_kernel[(triton.cdiv(len(rows_x), tile["ROWS"]),)](
                 rows_x, rows_residual, weight.contiguous(), None if bias is None else bias.contiguous(), normed, total,
                 len(rows_x), dim, *strides.values(), eps, **tile, ALIGN=alignment(dim, *strides.values()), RMS=rms,
                 num_warps=warps, **OPTIONS,
@@ -132,7 +134,7 @@ def add_norm_backward(dnormed, dsum, total, weight, bias, eps, rms, dtypes):
     if programs > 0:
         span = triton.cdiv(rows, programs * tile["ROWS"]) * tile["ROWS"]
         with on_device(total):
-            _backward_kernel[(programs,)](
+            _norm_backward_kernel[(programs,)](
                 rows_dnormed, rows_dsum, total.contiguous(), weight.contiguous(), *grads, *[None] * (2 - len(grads)),
                 dweight, dbias, rows, span, dim, *strides.values(), eps, **tile,
                 ALIGN=alignment(dim, *strides.values()), RMS=rms, num_warps=warps, **OPTIONS,
