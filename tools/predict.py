@@ -1,9 +1,11 @@
-"""Names what is in images: a table in the terminal, predictions.json, predictions.csv and a contact sheet.
+"""Names what is in images or videos: a table in the terminal, predictions.json, predictions.csv and a contact sheet.
 
     python tools/predict.py output/quickstart/best.pth photos/ more/*.jpg
     python tools/predict.py vim_t.pth --model vim_tiny_patch16_224 cat.jpg --topk 3
+    python tools/predict.py videomamba_t16_k400_f8_res224.pth --model videomamba_tiny_f8 clip.mp4 videos/
 
-GeoTIFF tiles of any band count and number type are read where the model was trained on such. A file that cannot
+GeoTIFF tiles of any band count and number type are read where the model was trained on such. A model of clips takes
+videos: as many frames as it wants, evenly spread, the centre of each (needs PyAV: pip install av). A file that cannot
 be read, or holds nothing but nodata, is reported and skipped. The exit status is 2 only where none could be read.
 """
 
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vision_mamba.data import is_image_name, preview
+from vision_mamba.data import import_av, is_image_name, is_video_name, preview
 from vision_mamba.engine.evaluate import add_model_arguments, choose_device, load_trained
 from vision_mamba.engine.plots import plot_contact_sheet, replacing
 from vision_mamba.errors import UserError, run_main
@@ -31,18 +33,23 @@ _SHEET = 60  # images on the contact sheet
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser, batch_size=16)
-    parser.add_argument("images", nargs="+", help="image files, folders (searched through) or globs")
+    parser.add_argument(
+        "images", nargs="+", help="image files (videos for a model of clips), folders (searched through) or globs"
+    )
     parser.add_argument("--topk", type=int, default=5, help="classes an image (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: predictions/ beside the checkpoint)")
     args = parser.parse_args(argv)
     if args.topk < 1 or args.batch_size < 1:
         raise UserError("--topk and --batch-size must be at least 1")
 
-    paths = find_images(args.images)
     device, amp_dtype = choose_device(args.device, args.amp)
     trained = load_trained(args.checkpoint, name=args.model, img_size=args.img_size, use_ema=not args.no_ema)
+    if trained.num_frames is not None:
+        import_av()
+    paths = find_files(args.images, videos=trained.num_frames is not None)
     model, transform = trained.model.to(device), trained.transform()
     topk = min(args.topk, len(trained.classes))
+    kind = "images" if trained.num_frames is None else "videos"
     print(trained.description)
 
     predictions, skipped, thumbnails = [], [], []
@@ -51,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         read, batch = [], []
         for path in paths[start : start + args.batch_size]:
             try:
-                image = trained.decode(path.read_bytes(), str(path))
+                image = trained.read(path)
             except (UserError, OSError) as error:
                 skipped.append({"image": str(path), "error": str(error)})
                 print(f"skipped: {error}", file=sys.stderr)
@@ -74,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             line = "  ".join(f"{t['class']} {t['score']:.3f}" for t in top)
             print(f"{str(path)[-width:]:<{width}}  {line}")
     if not predictions:
-        raise UserError(f"none of the {len(paths)} images could be read; see the lines above")
+        raise UserError(f"none of the {len(paths)} {kind} could be read; see the lines above")
 
     out = args.out or Path(args.checkpoint).parent / "predictions"
     files = [out / "predictions.json", out / "predictions.csv", out / "contact_sheet.png"]
@@ -93,34 +100,37 @@ def main(argv: list[str] | None = None) -> None:
         for p in predictions[: len(thumbnails)]
     ]
     plot_contact_sheet(thumbnails, captions, files[2])
-    shown = f" (the first {len(thumbnails)} images)" if len(predictions) > len(thumbnails) else ""
-    print(f"{len(predictions)} images, {len(skipped)} skipped; wrote " + ", ".join(map(str, files)) + shown)
+    shown = f" (the first {len(thumbnails)} {kind})" if len(predictions) > len(thumbnails) else ""
+    print(f"{len(predictions)} {kind}, {len(skipped)} skipped; wrote " + ", ".join(map(str, files)) + shown)
 
 
-def find_images(arguments: list[str]) -> list[Path]:
-    """The image files that files, folders and globs name, each once, in order.
+def find_files(arguments: list[str], *, videos: bool = False) -> list[Path]:
+    """The image (or video) files that files, folders and globs name, each once, in order.
 
     Raises:
         UserError: an argument that names nothing, or a folder without images.
     """
+    kind, fits = ("video", is_video_name) if videos else ("image", is_image_name)
     found: dict[Path, None] = {}
     for argument in arguments:
         path = Path(argument).expanduser()
         if path.is_dir():
-            some = sorted(p for p in path.rglob("*") if p.is_file() and is_image_name(p.name))
+            some = sorted(p for p in path.rglob("*") if p.is_file() and fits(p.name))
             if not some:
-                raise UserError(f"folder {argument} holds no images")
+                raise UserError(f"folder {argument} holds no {kind}s")
         elif path.exists():
             some = [path]
         else:
             some = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
             if not some:
-                raise UserError(f"no image {argument}; give a file, a folder or a glob that matches something")
+                raise UserError(f"no {kind} {argument}; give a file, a folder or a glob that matches something")
         found.update(dict.fromkeys(some))
     return list(found)
 
 
-def _thumbnail(image: Image.Image | np.ndarray) -> Image.Image:
+def _thumbnail(image: Image.Image | np.ndarray | list[Image.Image]) -> Image.Image:
+    if isinstance(image, list):
+        image = image[len(image) // 2]
     small = (preview(image) if isinstance(image, np.ndarray) else image).convert("RGB")
     small.thumbnail((256, 256))
     return small

@@ -99,7 +99,9 @@ def load_checkpoint(
             and tensor.shape[2:] == own[name].shape[2:]
             and (tensor.shape[0] == own[name].shape[0] and tensor.shape[1] == 3)
         ):
-            accepted[name] = adapt_input_conv(own[name].shape[1], tensor)
+            # timm's function knows kernels of two axes; a tubelet's has three.
+            adapted = adapt_input_conv(own[name].shape[1], tensor.flatten(2, -2))
+            accepted[name] = adapted.reshape(own[name].shape)
             report.adapted.append(name)
         elif _belongs(name, classifier) and tensor.shape[1:] == own[name].shape[1:]:
             report.adapted.append(name)
@@ -139,6 +141,8 @@ def _belongs(name: str, module: str | tuple[str, ...] | None) -> bool:
 
 def _is_pruned(model: nn.Module, name: str) -> bool:
     """Whether a tensor is of a part that ``prune_intermediate_layers`` took away or made an identity."""
+    if isinstance(getattr(model, name.split(".")[0], None), nn.Identity):  # a norm may have parts of its own
+        return True
     module = model
     for part in name.split(".")[:-1]:
         child = getattr(module, part, None)

@@ -137,7 +137,7 @@ def test_random_path_is_fixed_in_evaluation_and_new_in_training():
     assert_close("in a batch and alone", model(x[:1]), first[:1], 1e-5)
     assert torch.equal(torch.get_rng_state(), state), "evaluation must not draw"
     assert not torch.allclose(first, small(shuffle_seed=1)(x))
-    tables = model._paths(torch.empty(1, 64, 32))
+    tables = model._paths(torch.empty(1, 64, 32), (8, 8))
     assert tables.shape == (3, 3, 64)
     assert torch.equal(tables[:, :2], scan_paths(("raster", "reverse"), 1, 64).expand(3, 2, 64))
     assert len({tuple(row.tolist()) for row in tables[:, 2]}) == 3, "another permutation for each block"
@@ -161,7 +161,7 @@ def test_random_path_from_an_explicit_source():
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(outputs[0][0], outputs[1][0]) and not torch.allclose(outputs[0][0], outputs[0][1])
     model = small(shuffle_paths=pinned_paths)
-    assert torch.equal(model._paths(torch.empty(1, 64, 32))[:, 2].long(), pinned_paths(3, 64))
+    assert torch.equal(model._paths(torch.empty(1, 64, 32), (8, 8))[:, 2].long(), pinned_paths(3, 64))
 
 
 def test_draws_are_averaged_in_evaluation():

@@ -7,10 +7,12 @@ from vision_mamba.data.rasters import RasterProfile, decode_raster, preview
 from vision_mamba.data.sources import ImageSet, builtin_path, check_head, check_images, open_dataset
 from vision_mamba.data.statistics import band_statistics, read_statistics
 from vision_mamba.data.transforms import RECIPES, build_transform
+from vision_mamba.data.video import VIDEO_EXTENSIONS, import_av, is_video_name, read_clip
 
 __all__ = [
     "IMAGE_EXTENSIONS",
     "RECIPES",
+    "VIDEO_EXTENSIONS",
     "EpochLoader",
     "ImageSet",
     "RasterProfile",
@@ -22,9 +24,12 @@ __all__ = [
     "create_loader",
     "decode_image",
     "decode_raster",
+    "import_av",
     "is_image_name",
+    "is_video_name",
     "knn_baseline",
     "open_dataset",
     "preview",
+    "read_clip",
     "read_statistics",
 ]

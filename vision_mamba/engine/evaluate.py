@@ -27,6 +27,7 @@ from vision_mamba.data import (
     decode_image,
     decode_raster,
     open_dataset,
+    read_clip,
 )
 from vision_mamba.engine.build import create_any_size
 from vision_mamba.engine.checkpoint import FORMAT
@@ -182,6 +183,8 @@ class TrainedModel:
         profile: what rasters it was trained on, or None where it was trained on pictures.
         source: the data it was trained on, where the checkpoint says so.
         description: which weights of which model, for messages.
+        name: of the model for timm.
+        args: further arguments of ``timm.create_model`` that make it again.
     """
 
     model: nn.Module
@@ -191,26 +194,45 @@ class TrainedModel:
     profile: RasterProfile | None
     source: str | None
     description: str
+    name: str
+    args: dict[str, Any]
 
-    def decode(self, data: bytes, name: str) -> Image.Image | np.ndarray:
-        """An image file as this model's transform wants it: a PIL image, or an array where it was trained on rasters.
+    def untrained(self) -> nn.Module:
+        """The same model with random weights, in evaluation mode, on the CPU."""
+        return create_any_size(self.name, dict(self.args)).eval()
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of a clip, or None for a model of images."""
+        return getattr(self.model, "num_frames", None)
+
+    def read(self, path: Path) -> Image.Image | np.ndarray | list[Image.Image]:
+        """A file as this model's transform wants it: a PIL image, an array where it was trained on rasters, or the
+        pictures of a clip.
 
         Raises:
             UserError: the file cannot be read, or is of another kind than the model was trained on.
         """
+        channels = self.data_config["input_size"][0]
+        if self.num_frames is not None:
+            if channels != 3:
+                raise UserError(f"videos are read as RGB, and the model takes {channels} channels")
+            return read_clip(path, self.num_frames)
+        data, name = path.read_bytes(), str(path)
         if self.profile is not None:
             return decode_raster(data, name, self.profile)
-        return decode_image(data, name, self.data_config["input_size"][0])
+        return decode_image(data, name, channels)
 
     def transform(self, *, raster: bool | None = None) -> Callable[[Any], torch.Tensor]:
-        """The evaluation transform, from an image to a float32 tensor of ``input_size``.
+        """The evaluation transform, from an image to a float32 tensor of ``input_size``; of clips frame by frame, to
+        (channels, frames, height, width).
 
         Args:
             raster: images are arrays, as those of a set with a profile are; None: as in training.
         """
         config = self.data_config
         channels, *size = config["input_size"]
-        return build_transform(
+        transform = build_transform(
             split="val",
             img_size=size,
             in_chans=channels,
@@ -220,9 +242,17 @@ class TrainedModel:
             crop_pct=config["crop_pct"],
             raster=self.profile is not None if raster is None else raster,
         )
+        if self.num_frames is None:
+            return transform
+        return lambda frames: torch.stack([transform(frame) for frame in frames], dim=1)
 
     def open_dataset(self, source: str, split: str, **options: Any) -> ImageSet:
         """Opens data whose targets are this model's classes; UserError where classes or bands do not fit."""
+        if self.num_frames is not None:
+            raise UserError(
+                f"{self.description} takes clips of {self.num_frames} frames, and data sets are of images; "
+                "tools/predict.py names what is in videos"
+            )
         options["in_chans"] = self.data_config["input_size"][0]
         options["bands"] = self.profile.bands if self.profile else None
         data = open_dataset(source, split, classes=self.labels, **options)
@@ -299,7 +329,9 @@ def load_trained(
     config = dict(saved["data_config"]) if ours else resolve_model_data_config(model)
     if size is not None:
         config["input_size"] = [config["input_size"][0], *size]
-    _try_image(model, config["input_size"], name)
+    # A model of clips has checked its size when it was made, and a pass can take minutes.
+    if getattr(model, "num_frames", None) is None:
+        _try_image(model, config["input_size"], name)
     labels = list(saved["classes"]) if ours else None
     count = len(labels) if labels else int(model.num_classes)  # type: ignore[arg-type]
     classes = labels
@@ -313,6 +345,8 @@ def load_trained(
         profile=_profile(config, path),
         source=saved["data"].get("source") if ours and saved.get("data") else None,
         description=f"{name}, {'averaged ' if averaged else ''}weights of {path}",
+        name=name,
+        args=args,
     )
 
 

@@ -50,7 +50,7 @@ def plot_curves(csv_rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
         elif column in ("lr", "learning_rate"):
             panels["learning rate"].append(column)
     used = {title: columns for title, columns in panels.items() if columns} or {"loss": []}
-    figure = _figure(4.2 * len(used), 3.4)
+    figure = new_figure(4.2 * len(used), 3.4)
     for i, (title, columns) in enumerate(used.items()):
         axes = figure.add_subplot(1, len(used), i + 1)
         for column in columns:
@@ -63,7 +63,7 @@ def plot_curves(csv_rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
         axes.grid(alpha=0.3)
         if columns:
             axes.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_confusion(matrix: Any, class_names: Sequence[str], path: str | os.PathLike) -> None:
@@ -79,7 +79,7 @@ def plot_confusion(matrix: Any, class_names: Sequence[str], path: str | os.PathL
     n = len(counts)
     named = n <= _MAX_NAMED_CLASSES
     side = min(max(4.5, 1.8 + 0.36 * n), 16)
-    figure = _figure(side + 0.6, side)
+    figure = new_figure(side + 0.6, side)
     axes = figure.add_subplot()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xlabel("predicted")
@@ -94,7 +94,7 @@ def plot_confusion(matrix: Any, class_names: Sequence[str], path: str | os.PathL
     right = np.trace(counts) / max(counts.sum(), 1)
     axes.set_title(f"{counts.sum():.0f} images, top-1 {right:.2%}; colour: share of the label's images", fontsize=9)
     figure.colorbar(picture, fraction=0.046, pad=0.03)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_contact_sheet(
@@ -111,7 +111,7 @@ def plot_contact_sheet(
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     lines = max(c.count("\n") + 1 for c in captions)
-    figure = _figure(1.9 * columns, (1.8 + 0.17 * lines) * rows)
+    figure = new_figure(1.9 * columns, (1.8 + 0.17 * lines) * rows)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
         small = image.convert("RGB")
@@ -119,17 +119,19 @@ def plot_contact_sheet(
         axes.imshow(np.asarray(small))
         axes.set_title(caption, fontsize=7)
         axes.axis("off")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
+    """A matplotlib figure of this size in inches."""
     # Not pyplot: it keeps global state and picks a backend that may want a display.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def _save(figure, path: str | os.PathLike) -> None:
+def save_figure(figure, path: str | os.PathLike) -> None:
+    """Writes a figure as PNG, whole or not at all."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 

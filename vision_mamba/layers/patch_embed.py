@@ -75,6 +75,19 @@ class OverlapPatchEmbed(nn.Module):
         rows, columns = ((size - self.patch_size) // self.stride + 1 for size in img_size)
         return rows, columns
 
+    def check_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in tokens of an image of (height, width) pixels that ``forward`` may be given.
+
+        Raises:
+            ValueError: another size than ``img_size`` without ``dynamic_img_size``, or one that patches do not tile.
+        """
+        if not self.dynamic_img_size and size != self.img_size:
+            raise ValueError(
+                f"image is {size[0]}x{size[1]}, the model was built for {self.img_size[0]}x{self.img_size[1]}; "
+                f"resize it, or create the model with img_size={size} or dynamic_img_size=True"
+            )
+        return self.dynamic_feat_size(size)
+
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_chans, height, width) -> (batch, rows, columns, embed_dim).
 
@@ -82,12 +95,7 @@ class OverlapPatchEmbed(nn.Module):
             ValueError: another size than ``img_size`` without ``dynamic_img_size``, or one that patches do not tile.
         """
         size = (x.shape[-2], x.shape[-1])
-        if not self.dynamic_img_size and size != self.img_size:
-            raise ValueError(
-                f"image is {size[0]}x{size[1]}, the model was built for {self.img_size[0]}x{self.img_size[1]}; "
-                f"resize it, or create the model with img_size={size} or dynamic_img_size=True"
-            )
-        grid = self.dynamic_feat_size(size)
+        grid = self.check_size(size)
         if self.corner_pad:
             bottom, right = (
                 max((count - 1) * self.stride + self.patch_size - pixels, 0)

@@ -6,10 +6,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from timm.models._builder import build_model_with_cfg
+from timm.models._features_fx import register_notrace_module
 from timm.models._registry import get_pretrained_cfg
 from torch import Tensor, nn
 
 from ..checkpoint import official_globals
+from ..layers import LayerNorm, RMSNorm
+
+# torch.fx takes them whole: they look at dtypes, which have no values while it traces.
+register_notrace_module(LayerNorm)
+register_notrace_module(RMSNorm)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,7 +61,8 @@ def build_model(
                 **kwargs,
             )
         except OSError as error:
-            cfg = get_pretrained_cfg(variant)
+            tag = kwargs.get("pretrained_cfg")
+            cfg = get_pretrained_cfg(f"{variant}.{tag}" if isinstance(tag, str) else variant)
             assert cfg is not None
             if cfg.url:
                 place, _, file = str(cfg.url).rpartition("/")
@@ -72,6 +79,12 @@ def find_backbone(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = "backbone."
     found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     return found or state_dict
+
+
+def with_batch_counters(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Adds BatchNorm's counters of batches, which files of other tools may lack and nothing here uses."""
+    counters = {name: buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")}
+    return {**counters, **state_dict}
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -34,20 +34,21 @@ class PlainModel(nn.Module):
     norm: nn.Module
     head: nn.Module
     pos_embed: nn.Parameter | None
-    cls_position: str
+    cls_position: str | int
     embed_dim: int
+    head_hidden_size: int
     grad_checkpointing = False
 
     def _set_global_pool(self, global_pool: str) -> None:
         """Checks the pooling and sets what depends on it."""
         raise NotImplementedError
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Image -> tokens with class tokens and positions, (batch, L, embed_dim), and the grid of patches."""
         raise NotImplementedError
 
-    def _paths(self, x: Tensor) -> Sequence[Tensor] | Tensor:
-        """A table of scan paths (K, L) for each block."""
+    def _paths(self, x: Tensor, grid: tuple[int, ...]) -> Sequence[Tensor] | Tensor:
+        """A table of scan paths (K, L) for each block, from the tokens and the grid of patches."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -74,7 +75,7 @@ class PlainModel(nn.Module):
         self.num_classes = num_classes
         weight = self.patch_embed.proj.weight
         self.head = (
-            nn.Linear(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
+            nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
             if num_classes > 0
             else nn.Identity()
         )
@@ -105,8 +106,8 @@ class PlainModel(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, in_chans, height, width) -> normalised tokens (batch, L, embed_dim), class tokens in place."""
-        x, _ = self._embed(x)
-        return self._walk(x, self._paths(x))
+        x, grid = self._embed(x)
+        return self._walk(x, self._paths(x, grid))
 
     def forward_intermediates(
         self,
@@ -126,14 +127,14 @@ class PlainModel(nn.Module):
             return_prefix_tokens: pair each map with its class tokens, (batch, class tokens, embed_dim).
             norm: apply the final norm to the maps.
             stop_early: leave out the blocks after the last one asked for.
-            output_fmt: ``"NCHW"`` (batch, embed_dim, rows, columns) or ``"NLC"``.
+            output_fmt: ``"NCHW"`` (batch, embed_dim, rows, columns; of a clip steps, rows, columns) or ``"NLC"``.
             intermediates_only: return the list of maps alone.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.blocks), indices)
         x, grid = self._embed(x)
-        paths = self._paths(x)
-        positions = cls_positions(self.cls_position, grid[0] * grid[1])
+        paths = self._paths(x, grid)
+        positions = cls_positions(self.cls_position, math.prod(grid))
         intermediates: list[Any] = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x = self._block(block, x, paths[i])
@@ -141,7 +142,7 @@ class PlainModel(nn.Module):
                 taken = self.norm(x) if norm else x
                 patches = remove_tokens(taken, positions)
                 if output_fmt == "NCHW":
-                    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
+                    patches = patches.unflatten(1, grid).movedim(-1, 1).contiguous()
                 if return_prefix_tokens:
                     intermediates.append((patches, taken[:, list(positions)]))
                 else:
@@ -163,8 +164,15 @@ class PlainModel(nn.Module):
         return take
 
 
-def cls_positions(cls_position: str, num_patches: int) -> tuple[int, ...]:
-    """Places of the class tokens in a sequence of ``num_patches`` patches."""
+def cls_positions(cls_position: str | int, num_patches: int) -> tuple[int, ...]:
+    """Places of the class tokens in a sequence of ``num_patches`` patches.
+
+    A number stands for so many tokens that part the patches evenly: ``num_patches // (number + 1)`` before each, and
+    the rest at the end (Wang et al. 2024, Mamba-R, arXiv 2405.14858).
+    """
+    if isinstance(cls_position, int):
+        run = num_patches // (cls_position + 1)
+        return tuple(run + i * (run + 1) for i in range(cls_position))
     return {
         "middle": (num_patches // 2,),
         "head": (0,),
@@ -176,11 +184,12 @@ def cls_positions(cls_position: str, num_patches: int) -> tuple[int, ...]:
 
 @register_notrace_function
 def insert_tokens(x: Tensor, tokens: list[Tensor], positions: tuple[int, ...]) -> Tensor:
-    """Put ``tokens`` (each (batch, 1, C)) into ``x`` (batch, L, C) so that they stand at ``positions``."""
+    """Put ``tokens`` (each (batch, n, C)) into ``x`` (batch, L, C) so that they stand at ``positions``."""
     if not tokens:
         return x
     parts, start = [], 0
-    for inserted, (token, position) in enumerate(zip(tokens, positions, strict=True)):
+    single = [token for several in tokens for token in several.split(1, dim=1)]
+    for inserted, (token, position) in enumerate(zip(single, positions, strict=True)):
         parts += [x[:, start : position - inserted], token]
         start = position - inserted
     return torch.cat([*parts, x[:, start:]], dim=1)
@@ -201,7 +210,7 @@ def resample_pos_embed(
     pos_embed: Tensor,
     old_grid: tuple[int, int],
     new_grid: tuple[int, int],
-    cls_position: str,
+    cls_position: str | int,
 ) -> Tensor:
     """Position table (1, L, C) for another grid of patches; the class tokens keep their own rows.
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp
 from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_module
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from ..layers import LayerNorm, add_layer_norm
 from ._builder import check_choice
 
 
@@ -40,10 +43,80 @@ class Stage(nn.Module):
         return checkpoint(block, *args) if checkpointed else block(*args)
 
 
+@register_notrace_module  # torch.fx takes it whole: it looks at sizes, which have no values while it traces
+class ResidualBlock(nn.Module):
+    """``x + mixer(norm1(x))``, then ``x + mlp(norm2(x))`` where ``mlp_ratio`` is above 0, channels-last.
+
+    The last sum is left to whoever comes next, who adds and normalises in one pass over memory.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        *,
+        mlp_ratio: float,
+        drop_path: float,
+        layer_scale: float | None = None,
+        **dd,
+    ) -> None:
+        super().__init__()
+
+        def scale() -> nn.Module | None:  # no identity: a file's scales would be taken for parts that were pruned
+            return None if layer_scale is None else LayerScale(dim, layer_scale, **dd)
+
+        self.norm1 = LayerNorm(dim, **dd)
+        self.mixer = mixer
+        self.scale1 = scale()
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        if mlp_ratio > 0:
+            self.norm2 = LayerNorm(dim, **dd)
+            self.mlp: nn.Module | None = Mlp(dim, int(dim * mlp_ratio), **dd)
+            self.scale2 = scale()
+        else:
+            self.mlp = None
+
+    def forward(self, x: Tensor, pending: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Residual stream and what is still to be added to it -> the same."""
+        if pending is None:
+            normed = self.norm1(x)
+        else:
+            normed, x = add_layer_norm(pending, x, self.norm1)
+        pending = self.mixer(normed)
+        pending = self.drop_path(pending if self.scale1 is None else self.scale1(pending))
+        if self.mlp is not None:
+            normed, x = add_layer_norm(pending, x, self.norm2)
+            pending = self.mlp(normed)
+            pending = self.drop_path(pending if self.scale2 is None else self.scale2(pending))
+        return x, pending
+
+
+class ResidualStage(Stage):
+    """Of :class:`ResidualBlock`, which leave their last sum to the next one."""
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        pending = None
+        for block in self.blocks:
+            x, pending = self.run_block(block, x, pending)
+        return x if pending is None else x + pending
+
+
+def make_feature_norms(stages: Sequence[int], dims: Sequence[int], **dd) -> nn.ModuleDict:
+    """Norms for the levels of chosen stages, which :meth:`PyramidModel.level` applies.
+
+    Raises:
+        ValueError: an unknown stage.
+    """
+    if not set(stages) <= set(range(len(dims))):
+        raise ValueError(f"feature_norms={tuple(stages)}: stages are 0 to {len(dims) - 1}")
+    return nn.ModuleDict({str(i): nn.LayerNorm(dims[i], **dd) for i in sorted(set(stages))})
+
+
 class PyramidModel(nn.Module):
     """A timm model made of ``stem``, ``stages`` (:class:`Stage`), ``norm`` and ``head``, for images of any size.
 
-    A family's constructor makes these four, ``feature_info`` and ``num_classes``.
+    A family's constructor makes these four, ``feature_info`` and ``num_classes``; ``feature_norms``
+    (:func:`make_feature_norms`) where levels may have norms of their own.
     """
 
     output_fmt = "NHWC"
@@ -102,7 +175,8 @@ class PyramidModel(nn.Module):
 
     def level(self, index: int, x: Tensor) -> Tensor:
         """What is given out of a stage's map as its level."""
-        return x
+        norms = getattr(self, "feature_norms", {})
+        return norms[str(index)](x) if str(index) in norms else x
 
     def forward_intermediates(
         self,

@@ -19,9 +19,9 @@ from timm.models._registry import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import MambaMixer
+from ..layers import LayerNorm, MambaMixer
 from ..paths import scan_paths
-from ._builder import OFFICIAL_MIXER, build_model, find_backbone
+from ._builder import OFFICIAL_MIXER, build_model, find_backbone, with_batch_counters
 from ._pyramid import PyramidModel, Stage
 
 # torch.fx takes these whole: they look at sizes, which have no values while it traces.
@@ -41,7 +41,7 @@ class Stem(nn.Module):
         self.conv3 = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False, **dd)
         self.norm3 = nn.BatchNorm2d(hidden, **dd)
         self.proj = nn.Conv2d(hidden, dim, 3, stride=2, padding=1, **dd)
-        self.norm = nn.LayerNorm(dim, **dd)
+        self.norm = LayerNorm(dim, stream=True, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_chans, height, width) -> (batch, ceil(height / 4), ceil(width / 4), dim)."""
@@ -58,7 +58,7 @@ class Downsample(nn.Module):
     def __init__(self, dim: int, out_dim: int, **dd) -> None:
         super().__init__()
         self.proj = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
-        self.norm = nn.LayerNorm(out_dim, **dd)
+        self.norm = LayerNorm(out_dim, stream=True, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
@@ -83,9 +83,9 @@ class SambaBlock(nn.Module):
 
     def __init__(self, dim: int, *, d_state: int, mlp_ratio: float, drop_path: float, **dd) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
         self.mixer = MambaMixer(dim, d_state=d_state, num_paths=1, **dd)
-        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.norm2 = LayerNorm(dim, **dd)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -213,9 +213,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Samba) -> dict[st
                 if parameter in OFFICIAL_MIXER:  # one path
                     value = (value.squeeze(1) if parameter == "conv1d.weight" else value).unsqueeze(0)
             out[f"stages.{stage}.blocks.{name}"] = value
-    # Files of other tools may lack BatchNorm's counters of batches, which nothing here uses.
-    counters = {name: buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")}
-    return {**counters, **out}
+    return with_batch_counters(out, model)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -231,6 +229,13 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "first_conv": "stem.conv1",
         "classifier": "head.fc",
         "license": "apache-2.0",
+        "paper_name": "Samba: Semantic Segmentation of Remotely Sensed Images with State Space Model",
+        "paper_ids": "arXiv:2404.01705",
+        "origin_url": "https://github.com/zhuqinfeng1999/Samba",
+        "notes": (
+            "For segmentation. No weights are published, and the repository shows its results as a picture. Without "
+            "the classifier the model has 22.7 M parameters.",
+        ),
         **kwargs,
     }
 

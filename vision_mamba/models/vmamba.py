@@ -12,17 +12,18 @@ from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, trunc_normal_
 from timm.models._features_fx import register_notrace_module
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import SS2D, add_layer_norm
+from ..layers import SS2D, LayerNorm
 from ..paths import SS2D as SS2D_PATHS
+from ..paths import expand_paths
 from ._builder import build_model, check_choice, find_backbone
-from ._pyramid import PyramidModel, Stage
+from ._pyramid import PyramidModel, ResidualBlock, ResidualStage, make_feature_norms
 
 StemType = Literal["overlap", "patch"]
 Downsample = Literal["conv3", "conv2", "merging"]
@@ -35,12 +36,12 @@ class Stem(nn.Module):
         super().__init__()
         if overlap:
             self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
-            self.norm1 = nn.LayerNorm(dim // 2, **dd)
+            self.norm1 = LayerNorm(dim // 2, **dd)
             self.conv2: nn.Module | None = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
-            self.norm2 = nn.LayerNorm(dim, **dd)
+            self.norm2 = LayerNorm(dim, stream=True, **dd)
         else:
             self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
-            self.norm1 = nn.LayerNorm(dim, **dd)
+            self.norm1 = LayerNorm(dim, stream=True, **dd)
             self.conv2 = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,51 +61,18 @@ class ConvDownsample(nn.Module):
     def __init__(self, dim: int, out_dim: int, *, kernel_size: int, **dd) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2, **dd)
-        self.norm = nn.LayerNorm(out_dim, **dd)
+        self.norm = LayerNorm(out_dim, stream=True, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-@register_notrace_module  # torch.fx takes it whole: it looks at sizes, which have no values while it traces
-class VSSBlock(nn.Module):
-    """``x + mixer(norm1(x))``, then ``x + mlp(norm2(x))`` where ``mlp_ratio`` is above 0.
-
-    The last sum is left to whoever comes next, who adds and normalises in one pass over memory.
-    """
+@register_notrace_module  # torch.fx takes it whole, as it does the class that it derives from
+class VSSBlock(ResidualBlock):
+    """Residual block of :class:`vision_mamba.layers.SS2D`, whose further arguments are ``mixer_args``."""
 
     def __init__(self, dim: int, *, mlp_ratio: float, drop_path: float, mixer_args: dict[str, Any], **dd) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, **dd)
-        self.mixer = SS2D(dim, **mixer_args, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        if mlp_ratio > 0:
-            self.norm2 = nn.LayerNorm(dim, **dd)
-            self.mlp: nn.Module | None = Mlp(dim, int(dim * mlp_ratio), **dd)
-        else:
-            self.mlp = None
-
-    def forward(self, x: Tensor, pending: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Residual stream and what is still to be added to it -> the same."""
-        if pending is None:
-            normed = self.norm1(x)
-        else:
-            normed, x = add_layer_norm(pending, x, self.norm1)
-        pending = self.drop_path(self.mixer(normed))
-        if self.mlp is not None:
-            normed, x = add_layer_norm(pending, x, self.norm2)
-            pending = self.drop_path(self.mlp(normed))
-        return x, pending
-
-
-class VMambaStage(Stage):
-    """Blocks that leave their last sum to the next one."""
-
-    def run_blocks(self, x: Tensor) -> Tensor:
-        pending = None
-        for block in self.blocks:
-            x, pending = self.run_block(block, x, pending)
-        return x if pending is None else x + pending
+        super().__init__(dim, SS2D(dim, **mixer_args, **dd), mlp_ratio=mlp_ratio, drop_path=drop_path, **dd)
 
 
 class VMamba(PyramidModel):
@@ -146,7 +114,7 @@ class VMamba(PyramidModel):
         expand: float = 1.0,
         dt_rank: int | None = None,
         gate: bool = False,
-        paths: Sequence[str] = SS2D_PATHS,
+        paths: str | Sequence[str] = SS2D_PATHS,
         mlp_ratio: float = 4.0,
         stem: StemType = "overlap",
         downsample: Downsample = "conv3",
@@ -159,12 +127,10 @@ class VMamba(PyramidModel):
         super().__init__()
         check_choice("stem", stem, ("overlap", "patch"))
         check_choice("downsample", downsample, ("conv3", "conv2", "merging"))
-        if not set(feature_norms) <= set(range(len(depths))):
-            raise ValueError(f"feature_norms={tuple(feature_norms)}: stages are 0 to {len(depths) - 1}")
         dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.embed_dim = embed_dim
-        self.num_paths = len(paths)
+        self.num_paths = len(expand_paths(paths, 4))
         dims = [embed_dim * 2**i for i in range(len(depths))]
         self.num_features = self.head_hidden_size = dims[-1]
 
@@ -192,10 +158,10 @@ class VMamba(PyramidModel):
                 VSSBlock(dim, mlp_ratio=mlp_ratio, drop_path=rate, mixer_args=mixer_args, **dd)
                 for rate in rates[start : start + depth]
             ]
-            stages.append(VMambaStage(down, blocks))
+            stages.append(ResidualStage(down, blocks))
             self.feature_info.append(dict(module=f"stages.{i}", num_chs=dim, reduction=4 * 2**i))
         self.stages = nn.ModuleList(stages)
-        self.feature_norms = nn.ModuleDict({str(i): nn.LayerNorm(dims[i], **dd) for i in sorted(set(feature_norms))})
+        self.feature_norms = make_feature_norms(feature_norms, dims, **dd)
         self.norm = nn.LayerNorm(dims[-1], **dd)
         self.head = ClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
@@ -205,9 +171,6 @@ class VMamba(PyramidModel):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-    def level(self, index: int, x: Tensor) -> Tensor:
-        return self.feature_norms[str(index)](x) if str(index) in self.feature_norms else x
 
     def filter_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official or own names -> this model's; see :func:`checkpoint_filter_fn`."""
@@ -271,7 +234,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VMamba) -> dict[s
 _RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download"
 
 
-def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
+def _cfg(file: str = "", top1: str = "", flops: str = "", **kwargs: Any) -> dict[str, Any]:
     return {
         "url": f"{_RELEASES}/{file}" if file else "",
         "num_classes": 1000,
@@ -284,22 +247,32 @@ def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
         "first_conv": "stem.conv1",
         "classifier": "head.fc",
         "license": "mit",
+        "paper_name": "VMamba: Visual State Space Model",
+        "paper_ids": "arXiv:2401.10166",
+        "origin_url": "https://github.com/MzeroMiko/VMamba",
+        "description": f"ImageNet-1K top-1 {top1}; {flops} GFLOPs (assets/performance.md)" if top1 else None,
         **kwargs,
     }
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "vmamba_tiny_s1l8.mzeromiko_in1k": _cfg("%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"),
-        "vmamba_tiny_s2l5.mzeromiko_in1k": _cfg("%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth"),
-        "vmamba_small_s1l20.mzeromiko_in1k": _cfg("%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth"),
-        "vmamba_small_s2l15.mzeromiko_in1k": _cfg("%23v2cls/vssm_small_0229_ckpt_epoch_222.pth"),
-        "vmamba_base_s1l20.mzeromiko_in1k": _cfg("%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth"),
-        "vmamba_base_s2l15.mzeromiko_in1k": _cfg("%23v2cls/vssm_base_0229_ckpt_epoch_237.pth"),
-        "vmamba_tiny_v0.mzeromiko_in1k": _cfg("%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth"),
-        "vmamba_small_v0.mzeromiko_in1k": _cfg("%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth"),
-        "vmamba_base_v0.mzeromiko_in1k": _cfg("%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth"),
-        "vmamba_nano.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2), num_classes=10, crop_pct=1.0),
+        "vmamba_tiny_s1l8.mzeromiko_in1k": _cfg("%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth", "82.6", "4.9"),
+        "vmamba_tiny_s2l5.mzeromiko_in1k": _cfg("%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth", "82.5", "4.9"),
+        "vmamba_small_s1l20.mzeromiko_in1k": _cfg("%23v2cls/vssm1_small_0229s_ckpt_epoch_240.pth", "83.3", "8.6"),
+        "vmamba_small_s2l15.mzeromiko_in1k": _cfg("%23v2cls/vssm_small_0229_ckpt_epoch_222.pth", "83.6", "8.7"),
+        "vmamba_base_s1l20.mzeromiko_in1k": _cfg("%23v2cls/vssm1_base_0229s_ckpt_epoch_225.pth", "83.8", "15.2"),
+        "vmamba_base_s2l15.mzeromiko_in1k": _cfg("%23v2cls/vssm_base_0229_ckpt_epoch_237.pth", "83.9", "15.4"),
+        "vmamba_tiny_v0.mzeromiko_in1k": _cfg("%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", "82.2", "5.6"),
+        "vmamba_small_v0.mzeromiko_in1k": _cfg("%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", "83.5", "11.2"),
+        "vmamba_base_v0.mzeromiko_in1k": _cfg("%23v0cls/vssmbase_dp06_ckpt_epoch_241.pth", "83.7", "18.0"),
+        "vmamba_nano.untrained": _cfg(
+            input_size=(3, 64, 64),
+            pool_size=(2, 2),
+            num_classes=10,
+            crop_pct=1.0,
+            description="ours, for trials on a CPU",
+        ),
         "test_vmamba.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0),
     }
 )
