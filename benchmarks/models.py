@@ -17,14 +17,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -33,6 +30,8 @@ from torch import nn
 
 import vision_mamba
 from benchmarks import official_vim, official_vmamba
+from vision_mamba.engine.benchmark import Bench, device_name, measure
+from vision_mamba.engine.build import create_any_size
 
 
 @dataclass
@@ -60,108 +59,6 @@ FAMILIES = {
     ),
 }
 CPU_ROWS = ((224, 1), (224, 8))
-
-
-def create(name: str, size: int) -> nn.Module:
-    try:
-        return timm.create_model(name, img_size=size)
-    except TypeError:  # of any size
-        return timm.create_model(name)
-
-
-class Bench:
-    """Times and memory of one model's forward pass, or of its training step, on one device."""
-
-    def __init__(self, model: nn.Module, x: torch.Tensor, *, training: bool, mode: str) -> None:
-        self.model = model.train(training)
-        self.x, self.training, self.mode = x, training, mode
-        self.forward = torch.compile(model) if mode == "compiled" else model
-        self.cuda = x.is_cuda
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if mode == "graph":
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # kernels are compiled and gradients made before the capture
-                for _ in range(3):
-                    self.run()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.run()
-            self.graph = graph
-
-    def run(self) -> None:
-        if self.graph is not None:
-            self.graph.replay()
-            return
-        autocast = (
-            torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=self.mode != "graph")
-            if self.cuda
-            else nullcontext()
-        )
-        if not self.training:
-            with torch.no_grad(), autocast:
-                self.forward(self.x)
-            return
-        with autocast:
-            out = self.forward(self.x)
-        self.model.zero_grad(set_to_none=False)
-        out.float().square().mean().backward()
-
-    def timed(self) -> float:
-        """Seconds."""
-        if not self.cuda:
-            start = time.perf_counter()
-            self.run()
-            return time.perf_counter() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self.run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    def memory(self) -> float | None:
-        """MiB above what is held before the pass; None on a CPU."""
-        if not self.cuda or self.graph is not None:
-            return None
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        self.run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
-
-
-def measure(benches: dict[str, Bench], runs: int, once: str | None = None) -> dict[str, dict[str, float | None]]:
-    """Median ms, images/s and MiB of each; they take turns, so that drift of the machine hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in benches}
-    memory = {}
-    for name, bench in benches.items():
-        if name != once:
-            for _ in range(3 if bench.cuda else 1):
-                bench.run()
-            memory[name] = bench.memory()
-    for i in range(runs):
-        for name, bench in benches.items():
-            if name != once or i == 0:
-                times[name].append(bench.timed())
-    return {
-        name: {
-            "ms": 1e3 * statistics.median(times[name]),
-            "images_per_s": len(bench.x) / statistics.median(times[name]),
-            "mib": memory.get(name),
-        }
-        for name, bench in benches.items()
-    }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def commit() -> str:
@@ -198,7 +95,9 @@ def main() -> None:
     print(f"{'what':9} size  batch     mode  {'model':30} {'ms':>10} {'images/s':>10} {'MiB':>8} {'/ ours':>7}")
     for size, batch in rows:
         x = torch.randn(batch, 3, size, size, device=device)
-        models = {name: create(name, size).to(device).eval() for name in (family.ours, *family.peers)}
+        models = {
+            name: create_any_size(name, {"img_size": size}).to(device).eval() for name in (family.ours, *family.peers)
+        }
         error = None
         if args.official:
             models["official"] = official = family.official(args.official).to(device).eval()
@@ -213,10 +112,12 @@ def main() -> None:
                 chosen = dict(models)
                 if mode != "eager" or (training and not cuda and batch > 1):
                     chosen.pop("official", None)
-                benches = {n: Bench(m, x, training=training, mode=mode) for n, m in chosen.items()}
-                found = measure(benches, args.runs, once="official" if training and not cuda else None)
+                makers = {n: partial(Bench, m, x, training=training, mode=mode) for n, m in chosen.items()}
+                found = measure(makers, args.runs, once="official" if training and not cuda else None)
                 what = "training" if training else "inference"
                 for name, row in found.items():
+                    if failure := row.pop("error"):
+                        sys.exit(f"{name}, {what}, {mode}, {size} pixels, batch {batch}: {failure}")
                     ratio = row["images_per_s"] / found[family.ours]["images_per_s"]
                     mib = "" if row["mib"] is None else f"{row['mib']:.0f}"
                     print(
@@ -236,7 +137,7 @@ def main() -> None:
                         }
                     )
         del models
-    name = torch.cuda.get_device_name() if cuda else f"{processor()}, {torch.get_num_threads()} threads"
+    name = device_name(device)
     short = name.split()[1].lower() if cuda else "cpu"
     out = args.out or Path(__file__).parent / "results" / f"{args.family}-{short}.json"
     text = {

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--min-area", type=float, default=0.0, metavar="M2", help="smallest outline, square metres")
     parser.add_argument("--resume", action="store_true", help="go on with interrupted scenes")
-    exported = parser.add_argument_group("exported models only")
+    exported = parser.add_argument_group("exported models only, where the file does not say it")
     exported.add_argument("--classes", nargs="+", help="names in the order of the scores")
     exported.add_argument("--mean", type=float, nargs="+", help="a value a band")
     exported.add_argument("--std", type=float, nargs="+", help="a value a band")
@@ -48,9 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     device, rank, world_size = start_processes(args.device)
 
     if Path(args.config).suffix in (".pt2", ".onnx"):
-        absent = [f"--{name}" for name in ("classes", "mean", "std") if not getattr(args, name)]
-        if absent:
-            raise UserError(f"an exported model does not say its {' and '.join(absent)}; give them")
         segmentor = load_exported(
             args.config, args.classes, args.mean, args.std, device=device, amp=amp, bands=args.bands
         )

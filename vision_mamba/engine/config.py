@@ -163,6 +163,11 @@ class TrainConfig:
     amp: str = _key("none", "autocast type; fp16 (GPU) adds loss scaling", choices=("none", "bf16", "fp16"))
     channels_last: bool = _key(False, "channels-last memory format (faster convolutions on GPU)")
     compile: bool = _key(False, "torch.compile the model")
+    compile_mode: str = _key(
+        "default",
+        "reduce-overhead replays CUDA graphs: small models and batches wait for Python otherwise",
+        choices=("default", "reduce-overhead", "max-autotune"),
+    )
     accumulate: int = _key(1, "forward passes per optimiser step", low=1)
     loss: str = _key("ce", "cross entropy, or binary cross entropy per class", choices=("ce", "bce"))
     label_smoothing: float = _key(0.1, "label smoothing, also of mixed targets", low=0, high=0.999)

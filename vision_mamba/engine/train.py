@@ -141,7 +141,7 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
     net = model
     if world_size > 1:
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    forward = torch.compile(net) if config.train.compile else net
+    forward = torch.compile(net, mode=config.train.compile_mode) if config.train.compile else net
     trainable = [p for p in model.parameters() if p.requires_grad]
 
     def state(epoch: int, step_in_epoch: int, images_seen: torch.Tensor) -> dict[str, Any]:

@@ -6,13 +6,13 @@ import colorsys
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vision_mamba.engine.export import open_exported
 from vision_mamba.errors import UserError
 
 Turn = tuple[int, bool]  # quarter turns, and whether the image is flipped first
@@ -189,44 +189,33 @@ def _open_mm(task: str, config, checkpoint, device) -> tuple[nn.Module, dict[str
 
 def load_exported(
     path: str | os.PathLike,
-    classes: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     *,
     device: torch.device | str = "cpu",
     **options,
 ) -> Segmentor:
-    """A model in one file: ``.pt2`` (torch.export) or ``.onnx`` (onnxruntime), of one batch and window.
+    """A model in one file: ``.pt2`` (torch.export) or ``.onnx`` (onnxruntime).
+
+    Args:
+        path: the file, for windows and batches as it was exported with.
+        classes, mean, std: as in :class:`SceneModel`; None takes what :func:`vision_mamba.engine.export.export_model`
+            wrote into the file, which for ``mean`` and ``std`` is of values 0 to 1.
+        options: ``palette``, ``bands`` and ``amp`` of :class:`SceneModel`.
 
     Raises:
-        UserError: no such file, another ending, or onnxruntime is missing.
+        UserError: no such file, another ending, onnxruntime is missing, or classes, mean or std are not known.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no file {path}")
-    if path.suffix == ".pt2":
-        program = torch.export.load(path).module().to(device)
-
-        def run(x: Tensor) -> Tensor:
-            try:
-                return program(x)
-            except AssertionError as error:  # the guards of torch.export
-                raise UserError(
-                    f"{path} does not take windows of shape {tuple(x.shape)}; give --batch-size and --window as it was "
-                    f"exported with ({str(error).splitlines()[0]})"
-                ) from None
-
-        return Segmentor(model=run, classes=classes, mean=mean, std=std, device=device, **options)
-    if path.suffix != ".onnx":
-        raise UserError(f"{path} is no exported model: its name must end in .pt2 or .onnx")
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError("an .onnx model needs onnxruntime: pip install 'vision-mamba-zoo[export]'") from None
-    session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
-    name = session.get_inputs()[0].name
-
-    def logits(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0]).to(x.device)
-
-    return Segmentor(model=logits, classes=classes, mean=mean, std=std, device=device, **options)
+    exported = open_exported(path, device=device)
+    about = exported.about
+    if not about.get("raster"):  # statistics of other rasters are not in the units of this one's numbers
+        mean, std = (
+            [255 * value for value in about[name]] if given is None and name in about else given
+            for name, given in (("mean", mean), ("std", std))
+        )
+    classes = about.get("classes") if classes is None else classes
+    unknown = [name for name, value in (("classes", classes), ("mean", mean), ("std", std)) if not value]
+    if classes is None or mean is None or std is None or unknown:
+        raise UserError(f"{path} does not say its {' and '.join(unknown)}; give {'--' + ', --'.join(unknown)}")
+    return Segmentor(model=exported.run, classes=classes, mean=mean, std=std, device=device, **options)

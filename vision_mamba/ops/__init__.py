@@ -1,5 +1,6 @@
 """The shared operators. Knows torch, numba and triton; nothing of images or models."""
 
+from . import flops  # noqa: F401  # registers the operators' formulas
 from .add_norm import add_norm
 from .causal_conv1d import causal_conv1d
 from .selective_scan import selective_scan
