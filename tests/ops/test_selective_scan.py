@@ -11,6 +11,7 @@ from tests.conftest import assert_close
 from tests.golden import recipe
 from vision_mamba.ops import selective_scan
 from vision_mamba.ops.backend import resolve_backend
+from vision_mamba.ops.selective_scan import block_diagonal, path_products
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "selective_scan_ref.json").read_text())["cases"]
 GRADS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -258,3 +259,12 @@ def test_bad_low_rank_steps_are_named():
         y = selective_scan(u, low, A, B, B, delta_weight=weight)
         (grad,) = torch.autograd.grad(y.square().sum(), weight, create_graph=True)
         grad.sum().backward()
+
+
+def test_a_block_diagonal_product_is_each_paths_own():
+    """What a GPU does in the place of a product for each path; the golden cases test the rest of it there."""
+    x, weight = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randn(3, 6, 4, dtype=torch.float64)
+    expected = torch.einsum("blki,koi->blko", x, weight)
+    product = torch.nn.functional.linear(x.flatten(2), block_diagonal(weight)).unflatten(-1, (3, 6))
+    assert_close("block-diagonal", product, expected, 1e-12)
+    assert_close("batched", path_products(x, weight), expected, 1e-12)

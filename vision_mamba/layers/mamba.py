@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import causal_conv1d, selective_scan
+from ..ops.selective_scan import block_diagonal, path_products
 
 
 @torch.no_grad()
@@ -43,9 +44,6 @@ def init_scan_parameters(
 def scan_inputs(x: Tensor, weight: Tensor, d_state: int) -> tuple[Tensor, Tensor, Tensor]:
     """Low-rank step sizes, B and C of K paths, in one product over the tokens.
 
-    The matrices of the paths are one, block-diagonal where every path has tokens of its own. It multiplies
-    zeros, but K thin products, and above all the gradients of their weights, take far longer on a GPU.
-
     Args:
         x: tokens that all paths read, (batch, L, D), or (batch, L, K, D).
         weight: (K, R + 2N, D).
@@ -55,9 +53,11 @@ def scan_inputs(x: Tensor, weight: Tensor, d_state: int) -> tuple[Tensor, Tensor
         Step sizes (batch, L, K, R), B and C (batch, L, K, N).
     """
     K, rank = len(weight), weight.shape[1] - 2 * d_state
-    if K > 1 and x.ndim == 4:
-        own = torch.eye(K, dtype=weight.dtype, device=weight.device)[:, None, :, None]
-        weight = (weight.unsqueeze(2) * own).flatten(2)
+    if x.ndim == 4 and x.device.type == "cpu":
+        dt, B, C = path_products(x, weight).split((rank, d_state, d_state), dim=-1)
+        return dt, B, C
+    if x.ndim == 4:
+        weight = block_diagonal(weight).unflatten(0, (K, -1))
     # All paths' step sizes first, then all B, then all C: each is a slice whose rows start aligned.
     edges = ((0, rank), (rank, rank + d_state), (rank + d_state, rank + 2 * d_state))
     rows = torch.cat([matrix[start:end] for start, end in edges for matrix in weight])

@@ -120,25 +120,31 @@ def _check_steps(u: Tensor, delta: Tensor, weight: Tensor) -> None:
         raise ValueError(f"delta_weight is on {weight.device}, u on {u.device}")
 
 
-def _block_diagonal(weight: Tensor) -> Tensor:
-    """(K, D, R) -> (K * D, K * R)."""
+def block_diagonal(weight: Tensor) -> Tensor:
+    """(K, O, I) -> (K * O, K * I)."""
     K = len(weight)
     own = torch.eye(K, dtype=weight.dtype, device=weight.device)[:, None, :, None]
     return (weight.unsqueeze(2) * own).flatten(2).flatten(0, 1)
 
 
-def step_sizes(delta: Tensor, weight: Tensor | None) -> Tensor:
-    """Low-rank step sizes (batch, L, K, R) or (batch, L, R) times (K, D, R) or (D, R), in the dtype of ``delta``.
+def path_products(x: Tensor, weight: Tensor) -> Tensor:
+    """Each path's vectors (batch, L, K, I) times its own matrix (K, O, I) -> (batch, L, K, O).
 
-    With K matrices one product, block-diagonal: it multiplies zeros, but K thin products, and above all the
-    gradients of their weights, take far longer on a GPU.
+    On a GPU one product with a block-diagonal matrix: it multiplies zeros, but K thin products, and above all the
+    gradients of their weights, take far longer. A CPU multiplies for its time.
     """
+    if x.device.type == "cpu":
+        by_path = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2))
+        return by_path.transpose(0, 1).unflatten(0, x.shape[:2])
+    return F.linear(x.flatten(2), block_diagonal(weight)).unflatten(-1, weight.shape[:2])
+
+
+def step_sizes(delta: Tensor, weight: Tensor | None) -> Tensor:
+    """Low-rank step sizes (batch, L, K, R) or (batch, L, R) times (K, D, R) or (D, R), in the dtype of ``delta``."""
     if weight is None:
         return delta
     weight = weight.to(delta.dtype)
-    if weight.ndim == 2:
-        return F.linear(delta, weight)
-    return F.linear(delta.flatten(2), _block_diagonal(weight)).unflatten(-1, weight.shape[:2])
+    return F.linear(delta, weight) if weight.ndim == 2 else path_products(delta, weight)
 
 
 def _step_gradients(ddelta: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,10 +154,13 @@ def _step_gradients(ddelta: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tens
     if weight.ndim == 2:
         return ddelta @ weight, (ddelta.flatten(0, 2).t() @ delta.flatten(0, 2)).to(dtype)
     K, D, R = weight.shape
-    rows = ddelta.flatten(0, 1).flatten(1)
-    of_delta = (rows @ _block_diagonal(weight)).view(delta.shape)
-    of_weight = (rows.t() @ delta.flatten(2).flatten(0, 1)).view(K, D, K, R)
-    return of_delta, of_weight.diagonal(dim1=0, dim2=2).permute(2, 0, 1).to(dtype)
+    of_delta = path_products(ddelta, weight.transpose(1, 2))
+    if ddelta.device.type == "cpu":
+        of_weight = torch.bmm(ddelta.flatten(0, 1).permute(1, 2, 0), delta.flatten(0, 1).transpose(0, 1))
+    else:
+        blocks = (ddelta.flatten(2).flatten(0, 1).t() @ delta.flatten(2).flatten(0, 1)).view(K, D, K, R)
+        of_weight = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return of_delta, of_weight.to(dtype)
 
 
 def _canonical(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_weight=None):
