@@ -118,7 +118,9 @@ class RegionEncoder(nn.Module):
         grid = (height // size, width // size)
         regions = x.reshape(batch, channels, grid[0], size, grid[1], size).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
         encode = self._checkpointed if self.grad_checkpointing else self._encode
-        chunks = [encode(chunk, levels) for chunk in regions.split(self.region_chunk or regions.shape[0])]
+        # No split by the number of regions: an exporter would tie the program to it.
+        pieces = (regions,) if self.region_chunk is None else regions.split(self.region_chunk)
+        chunks = [encode(piece, levels) for piece in pieces]
         maps = []
         for of_level in zip(*chunks, strict=True):
             tiles = torch.cat(of_level) if len(of_level) > 1 else of_level[0]
