@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..ops import causal_conv1d, selective_scan
 from ..paths import scan_paths
-from .mamba import init_scan_parameters
+from .mamba import init_scan_parameters, state_matrix
 
 
 class ChannelMixer(nn.Module):
@@ -93,12 +93,10 @@ class ChannelMixer(nn.Module):
         )
         projected = torch.einsum("bckp,kop->bcko", self.summary(u, height, width), self.x_proj_weight)
         dt, B, C = projected.split((1, self.d_state, self.d_state), dim=-1)
-        # A, D, the bias and the states stay float32 under autocast: bf16 steps would lose the slow decays.
-        A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = selective_scan(
             u,
             u * self.dt_proj_weight.to(u.dtype) + dt,
-            -torch.exp(A_log).expand(-1, tokens, -1),
+            state_matrix(self.A_log).expand(-1, tokens, -1),
             B,
             C,
             self.D.expand(-1, tokens),

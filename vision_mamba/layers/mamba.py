@@ -41,6 +41,14 @@ def init_scan_parameters(
     nn.init.ones_(D)
 
 
+def state_matrix(A_log: Tensor) -> Tensor:
+    """``A = -exp(A_log)``, at least in float32.
+
+    A, D, the bias and the states stay float32 under autocast: bf16 steps would lose the slow decays.
+    """
+    return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
+
+
 def scan_inputs(x: Tensor, weight: Tensor, d_state: int) -> tuple[Tensor, Tensor, Tensor]:
     """Low-rank step sizes, B and C of K paths, in one product over the tokens.
 
@@ -138,12 +146,10 @@ class MambaMixer(nn.Module):
         dt, B, C = scan_inputs(x, self.x_proj_weight, self.d_state)
         if self.share_paths:
             dt, B, C = dt.squeeze(2), B.squeeze(2), C.squeeze(2)
-        # A, D, the bias and the states stay float32 under autocast: bf16 steps would lose the slow decays.
-        A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = selective_scan(
             x,
             dt,
-            -torch.exp(A_log),
+            state_matrix(self.A_log),
             B,
             C,
             self.D[0] if self.share_paths else self.D,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import selective_scan
-from .mamba import init_scan_parameters
+from .mamba import init_scan_parameters, state_matrix
 
 
 class MambaVisionMixer(nn.Module):
@@ -47,12 +47,10 @@ class MambaVisionMixer(nn.Module):
         x = self.in_proj(x).transpose(1, 2).unsqueeze(2)
         x, z = F.silu(self.conv(x)).squeeze(2).transpose(1, 2).chunk(2, dim=-1)
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        # A, D, the bias and the states stay float32 under autocast: bf16 steps would lose the slow decays.
-        A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = selective_scan(
             x,
             F.linear(dt, self.dt_proj.weight),
-            -torch.exp(A_log),
+            state_matrix(self.A_log),
             B,
             C,
             self.D,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import causal_conv1d, selective_scan
-from .mamba import init_scan_parameters
+from .mamba import init_scan_parameters, state_matrix
 
 
 class MultiPathMixer(nn.Module):
@@ -78,12 +78,10 @@ class MultiPathMixer(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", paths=paths)
         dt, B, C = F.linear(x, self.x_proj_weight).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        # A, D, the bias and the states stay float32 under autocast: bf16 steps would lose the slow decays.
-        A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = selective_scan(
             x,
             dt,
-            -torch.exp(A_log),
+            state_matrix(self.A_log),
             B,
             C,
             self.D,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..ops import selective_scan
 from ..paths import SS2D as SS2D_PATHS
 from ..paths import expand_paths, scan_paths
-from .mamba import init_scan_parameters, scan_inputs
+from .mamba import init_scan_parameters, scan_inputs, state_matrix
 from .norm import add_layer_norm
 
 
@@ -90,12 +90,10 @@ class SS2D(nn.Module):
     def scan(self, u: Tensor, height: int, width: int) -> Tensor:
         """Sum of the scans along all paths: tokens (batch, L, inner) -> (batch, L, inner)."""
         dt, B, C = scan_inputs(u, self.x_proj_weight, self.d_state)
-        # A, D, the bias and the states stay float32 under autocast: bf16 steps would lose the slow decays.
-        A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         y = selective_scan(
             u,
             dt,
-            -torch.exp(A_log),
+            state_matrix(self.A_log),
             B,
             C,
             self.D,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp
+from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from timm.models._manipulate import checkpoint
@@ -99,6 +99,15 @@ class ResidualStage(Stage):
         for block in self.blocks:
             x, pending = self.run_block(block, x, pending)
         return x if pending is None else x + pending
+
+
+def init_linear(model: nn.Module) -> None:
+    """Linear layers of the published pyramids: a normal distribution cut at two deviations of 0.02, biases 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def make_feature_norms(stages: Sequence[int], dims: Sequence[int], **dd) -> nn.ModuleDict:

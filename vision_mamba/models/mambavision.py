@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, trunc_normal_
+from timm.layers import ClassifierHead, DropPath
 from timm.models._features_fx import register_notrace_function
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Attention
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ..layers import MambaVisionMixer
 from ._builder import build_model, find_backbone, with_batch_counters
-from ._pyramid import PyramidModel, ResidualBlock, ResidualStage, Stage, make_feature_norms
+from ._pyramid import PyramidModel, ResidualBlock, ResidualStage, Stage, init_linear, make_feature_norms
 
 
 class Stem(nn.Module):
@@ -202,11 +202,7 @@ class MambaVision(PyramidModel):
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
         )
         # As the official code, the mixers' projections to the step sizes included: those begin at softplus(0).
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear(self)
 
     def filter_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official or own names -> this model's; see :func:`checkpoint_filter_fn`."""

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, trunc_normal_
+from timm.layers import ClassifierHead
 from timm.models._features_fx import register_notrace_module
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from ..layers import SS2D, ChannelMixer
 from ..paths import SS2D as SS2D_PATHS
 from ._builder import build_model, find_backbone
-from ._pyramid import PyramidModel, ResidualBlock, Stage
+from ._pyramid import PyramidModel, ResidualBlock, Stage, init_linear
 from .vmamba import Stem
 
 
@@ -210,11 +210,7 @@ class ViM2(PyramidModel):
         self.head = ClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
         )
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear(self)
 
     def filter_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """The backbone of a detector or segmentor, or our own names; see :func:`checkpoint_filter_fn`."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, trunc_normal_
+from timm.layers import ClassifierHead
 from timm.models._features_fx import register_notrace_module
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
@@ -23,7 +23,7 @@ from ..layers import SS2D, LayerNorm
 from ..paths import SS2D as SS2D_PATHS
 from ..paths import expand_paths
 from ._builder import build_model, check_choice, find_backbone
-from ._pyramid import PyramidModel, ResidualBlock, ResidualStage, make_feature_norms
+from ._pyramid import PyramidModel, ResidualBlock, ResidualStage, init_linear, make_feature_norms
 
 StemType = Literal["overlap", "patch"]
 Downsample = Literal["conv3", "conv2", "merging"]
@@ -166,11 +166,7 @@ class VMamba(PyramidModel):
         self.head = ClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
         )
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear(self)
 
     def filter_checkpoint(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official or own names -> this model's; see :func:`checkpoint_filter_fn`."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import load_backend, needs_operator, resolve_backend
+from .backend import derivative_needs_operator, load_backend, needs_operator, resolve_backend
 
 
 def add_norm(
@@ -151,8 +151,7 @@ def _add_norm_autograd(ctx, dnormed, dsum):
     if ctx.alone:  # the gradient of an empty tensor, where a compiler gives one
         dsum = None
     if dnormed is not None:
-        # With create_graph gradients are enabled here: the operator's own derivative then says that there is none.
-        opaque = torch.is_grad_enabled() or needs_operator(dnormed, dsum, total, weight, bias)
+        opaque = derivative_needs_operator(dnormed, dsum, total, weight, bias)
         run = torch.ops.vision_mamba.add_norm_backward if opaque else _backward
         grads = run(dnormed, dsum, total, weight, bias, *ctx.options)
         dx, dresidual = grads[0], grads[0 if x_dtype == residual_dtype else 1]

@@ -59,3 +59,11 @@ def needs_operator(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
     return any(t is not None and (type(t) not in (Tensor, Parameter) or t.is_meta) for t in tensors)
+
+
+def derivative_needs_operator(*tensors: Tensor | None) -> bool:
+    """The same for the operator of a backward pass.
+
+    With ``create_graph`` gradients are enabled there: the operator's own derivative then says that there is none.
+    """
+    return torch.is_grad_enabled() or needs_operator(*tensors)

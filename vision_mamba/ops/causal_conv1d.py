@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import load_backend, needs_operator, resolve_backend
+from .backend import derivative_needs_operator, load_backend, needs_operator, resolve_backend
 from .selective_scan import canonical_paths
 
 
@@ -111,8 +111,7 @@ def _setup_context(ctx, inputs, output):
 
 def _conv_autograd(ctx, dy):
     tensors = ctx.saved_tensors  # once: activation checkpointing unpacks only once
-    # With create_graph gradients are enabled here: the operator's own derivative then says that there is none.
-    opaque = torch.is_grad_enabled() or needs_operator(dy, *tensors)
+    opaque = derivative_needs_operator(dy, *tensors)
     run = torch.ops.vision_mamba.causal_conv1d_backward if opaque else _backward
     grads = run(dy, *tensors, *ctx.options)
     dbias = grads[2] if tensors[2] is not None else None

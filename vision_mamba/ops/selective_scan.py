@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference
-from .backend import load_backend, needs_operator, resolve_backend
+from .backend import derivative_needs_operator, load_backend, needs_operator, resolve_backend
 
 
 def selective_scan(
@@ -324,8 +324,7 @@ def _gradients(options, tensors, states, dy, dlast_state):
     if dy is None:
         batch, length, num_paths, dim = delta.shape
         dy = u.new_zeros((batch, length, dim) if merge else (batch, length, num_paths, dim))
-    # With create_graph gradients are enabled here: the operator's own derivative then says that there is none.
-    opaque = torch.is_grad_enabled() or needs_operator(dy, dlast_state, states, *tensors)
+    opaque = derivative_needs_operator(dy, dlast_state, states, *tensors)
     run = torch.ops.vision_mamba.selective_scan_backward if opaque else _backward
     grads = iter(run(dy, dlast_state, states, *tensors, delta_softplus, merge, backend))
     differentiable = (u, delta, A, B, C, D, z, delta_bias)

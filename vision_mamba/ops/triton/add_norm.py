@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import OPTIONS, alignment, check_dtypes, load_rows, multiprocessors, on_device, store_rows
+from .runtime import OPTIONS, alignment, check_dtypes, jit_without, load_rows, multiprocessors, on_device, store_rows
 
 _TILE = 2048  # numbers a program holds of a tensor at once, where a row is not longer
 _PROGRAMS = 8  # a multiprocessor, in the backward pass: each adds one row to the sums over rows
-_VARYING = ("rows", "span", "x_l", "residual_l", "dnormed_l", "dsum_l")
+_jit = jit_without(("rows", "span", "x_l", "residual_l", "dnormed_l", "dsum_l"))
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _normalised(r, c_ok, dim, eps, RMS: tl.constexpr):
     return r * scale[:, None], scale
 
 
-@triton.jit(do_not_specialize=[name for name in _VARYING if name in ("rows", "x_l", "residual_l")])
+@_jit
 def _norm_forward_kernel(
     x, residual, weight, bias, normed, total, rows, dim, x_l, residual_l, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, RMS: tl.constexpr,
@@ -45,7 +45,7 @@ def _norm_forward_kernel(
     store_rows(normed, row, dim, c, c_ok, out)
 
 
-@triton.jit(do_not_specialize=[name for name in _VARYING if name not in ("x_l", "residual_l")])
+@_jit
 def _norm_backward_kernel(
     dnormed, dsum, total, weight, grad, grad_other, dweight, dbias, rows, span, dim, dnormed_l, dsum_l, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, RMS: tl.constexpr,

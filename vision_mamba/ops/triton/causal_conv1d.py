@@ -12,6 +12,7 @@ from .runtime import (
     alignment,
     check_dtypes,
     dense,
+    jit_without,
     load_rows,
     multiprocessors,
     on_device,
@@ -25,12 +26,7 @@ BLOCK = 64  # channels a program
 MAX_WIDTH = 4
 _PROGRAMS = 6  # a multiprocessor, where a program walks several tiles: each adds one row to the sums over tokens
 
-_VARYING = ("tiles", "length", "num_paths", "x_b", "x_l", "dy_b", "dy_l", "dy_k", "w_k", "bias_k", "paths_k")
-
-
-def _jit(kernel):
-    arguments = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
-    return triton.jit(kernel, do_not_specialize=[name for name in _VARYING if name in arguments])
+_jit = jit_without(("tiles", "length", "num_paths", "x_b", "x_l", "dy_b", "dy_l", "dy_k", "w_k", "bias_k", "paths_k"))
 
 
 @_jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -13,6 +14,19 @@ from torch import Tensor
 LOG2E = tl.constexpr(math.log2(math.e))
 # Triton 3.10 no longer fuses a * b + c unless asked to, and 3.9 warns of it; the recurrence lives on it.
 OPTIONS = {"enable_fp_fusion": True}
+
+
+def jit_without(varying: Sequence[str]):
+    """``triton.jit`` that does not specialise on those of a kernel's arguments that are named here.
+
+    They change with the length of the sequence, and each new divisibility would be one more compilation.
+    """
+
+    def decorate(kernel):
+        arguments = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+        return triton.jit(kernel, do_not_specialize=[name for name in varying if name in arguments])
+
+    return decorate
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from .runtime import (
     alignment,
     check_dtypes,
     dense,
+    jit_without,
     load_rows,
     multiprocessors,
     on_device,
@@ -31,23 +32,15 @@ from .runtime import (
     visited,
 )
 
-# Left out of Triton's specialisation: most change with the length of the sequence, and each new
-# divisibility would be one more compilation. For the rows of states (h_n, border_n) it matters that Triton
-# does not know them aligned: it would load them four channels a thread, keep that layout for the state
-# in the loop, and pass the state through shared memory at every step.
-_VARYING = (
-    "batch length num_paths loop_paths groups span num_spans saves u_b u_l u_k delta_b delta_l delta_k z_b z_l z_k "
-    "y_b y_l y_k dy_b dy_l dy_k du_b du_l du_k dz_b dz_l dz_k B_b B_l B_k B_g C_b C_l C_k C_g "
-    "A_k A_d A_n D_k bias_k paths_k h_b h_s h_k h_n border_n"
-).split()
-
-
-def _varying(kernel) -> list[str]:
-    return [name for name in _VARYING if name in kernel.__code__.co_varnames[: kernel.__code__.co_argcount]]
-
-
-def _jit(kernel):
-    return triton.jit(kernel, do_not_specialize=_varying(kernel))
+# For the rows of states (h_n, border_n) it matters that Triton does not know them aligned: it would load them four
+# channels a thread, keep that layout for the state in the loop, and pass the state through shared memory at every step.
+_jit = jit_without(
+    (
+        "batch length num_paths loop_paths groups span num_spans saves u_b u_l u_k delta_b delta_l delta_k z_b z_l z_k "
+        "y_b y_l y_k dy_b dy_l dy_k du_b du_l du_k dz_b dz_l dz_k B_b B_l B_k B_g C_b C_l C_k C_g "
+        "A_k A_d A_n D_k bias_k paths_k h_b h_s h_k h_n border_n"
+    ).split()
+)
 
 
 @triton.jit
