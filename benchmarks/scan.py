@@ -335,7 +335,7 @@ def compile_candidate(row, dtype_name, direction, config, target, sms) -> dict:
     """Resources of the pass's main kernel. Runs in a process of its own and fills the disk cache."""
     triton.runtime.driver.set_active(_NoDevice(target))
     found = launches(row, dtype_name, direction, config, sms, compile=True)
-    grid, compiled = next(rest for name, *rest in found if name == f"_{direction}_kernel")
+    grid, compiled = next(rest for name, *rest in found if name == f"_scan_{direction}_kernel")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
