@@ -302,7 +302,11 @@ class _NoDevice:
 @contextlib.contextmanager
 def configured(direction: str, config, sms: int | None = None):
     """The operator with this launch configuration in one direction, on a device of ``sms`` multiprocessors."""
+    chunk = config.steps * config.tiles if direction == "backward" else kernels._chunk(config.states)
     patches = {f"_{direction}_config": lambda num_states, fills=True: config}
+    if config.gluon and direction == "forward":
+        patches = {"_gluon_forward_config": lambda device, programs, length: config}
+    patches["_chunk"] = lambda num_states: chunk
     if sms is not None:
         patches["_wanted_programs"] = lambda device, config: sms * config.resident // config.warps
     with mock.patch.multiple(kernels, **patches):
@@ -325,9 +329,8 @@ def launches(row, dtype_name: str, direction: str, config, sms: int, compile: bo
         if direction == "forward":
             forward(x, paths > 1, True)
         else:
-            shape = kernels.states_shape(batch, length, paths, dim, states)
             dy = torch.empty((batch, length, dim) if paths > 1 else x["delta"].shape, dtype=x["u"].dtype, device="meta")
-            backward(x, paths > 1, torch.empty(shape, device="meta"), dy)
+            backward(x, paths > 1, kernels.new_states(x["delta"], states, True), dy)
     return found
 
 

@@ -174,20 +174,66 @@ def test_scan_agrees_with_the_reference_at_size(case, monkeypatch):
     check_scan(case, monkeypatch)
 
 
+# Of the kernels in scan_gluon.py: 5 to 16 states, and every argument that is a different program.
+GLUON = [
+    *(Case(length, 40, 16, 2, batch=2) for length in (1, 3, 4, 5, 8, 15, 16, 17, 33)),
+    *(Case(100, 33, states, 2) for states in (5, 7, 8, 9, 13, 15)),
+    Case(150, 50, 8, 2, merge="sum", programs=100),
+    Case(150, 50, 16, 1, z="none", programs=100),
+    Case(150, 50, 16, 1, z="none", parameters=False),
+    Case(150, 50, 16, 3, u_shared=False, z="each", softplus=False),
+    Case(150, 50, 16, 3, z="each", merge="sum", programs=0),
+    Case(150, 48, 12, 2, groups=3, merge="sum"),
+    Case(150, 50, 16, 2, broadcast=True, merge="sum", programs=40),
+    Case(150, 50, 16, 2, merge="sum", dtype=torch.bfloat16, programs=60),
+    Case(150, 50, 16, 2, merge="sum", dtype=torch.float16),
+]
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("case", GLUON, ids=str)
+@pytest.mark.parametrize("block", [16, 32])
+def test_gluon_scan_agrees_with_the_reference(case, block, monkeypatch):
+    from vision_mamba.ops.triton import selective_scan as module
+
+    if not module.HAS_GLUON:
+        pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
+    forward = module._gluon_forward_config
+    monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: forward(*given)._replace(block=block))
+    launched = []
+    launch = module._launch
+    monkeypatch.setattr(module, "_launch", lambda *given: (launched.append(given[0].__name__), launch(*given)))
+    check_scan(case, monkeypatch)
+    assert {"scan_forward_kernel", "scan_backward_kernel"} <= set(launched)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("states", [8, 16])
+def test_portable_scan_agrees_with_the_reference_on_a_gpu(states, monkeypatch):
+    """As on devices without Gluon."""
+    from vision_mamba.ops.triton import selective_scan as module
+
+    monkeypatch.setattr(module, "HAS_GLUON", False)
+    check_scan(Case(500, 96, states, 2, batch=2, merge="sum"), monkeypatch)
+
+
 @kernels
 def test_scan_with_more_warps_where_the_batch_does_not_fill_the_device(monkeypatch):
     from vision_mamba.ops.triton import selective_scan as module
 
     launched = []
     launch = module._launch
-    monkeypatch.setattr(module, "_wanted_programs", lambda device, config: 1 if config.warps == 4 else 100)
+    more = module._forward_config(32, fills=False)
+    monkeypatch.setattr(module, "_wanted_programs", lambda device, config: 1 if config == more else 100)
     monkeypatch.setattr(
         module, "_launch", lambda *given: (launched.append((given[0].__name__, given[3])), launch(*given))
     )
-    case = Case(37, num_states=16, merge="sum")
+    case = Case(37, num_states=32, merge="sum")
     given = inputs(case, DEVICE)
     assert_near(results(case, given, "triton"), results(case, given, "reference"), TOLERANCE[case.dtype])
-    assert ("_scan_forward_kernel", 4) in launched
+    assert ("_scan_forward_kernel", more.warps) in launched
 
 
 @kernels
@@ -261,6 +307,7 @@ def test_chunks_are_whole_tiles_of_the_forward_pass():
     for num_states in range(1, module.MAX_STATES + 1):
         for fills in (True, False):
             assert module._chunk(num_states) % module._forward_config(num_states, fills).steps == 0, num_states
+        assert not module._uses_gluon(num_states, torch.device("cuda")) or module._chunk(num_states) % 8 == 0
 
 
 @kernels
@@ -323,7 +370,8 @@ def test_other_lengths_compile_nothing_new():
     from vision_mamba.ops.triton import selective_scan as module
 
     def compiled() -> int:
-        kernels_used = (module._scan_forward_kernel, module._scan_backward_kernel)
+        gluon = module._uses_gluon(16, torch.device(DEVICE))
+        kernels_used = module._kernels(module._forward_config(16)._replace(gluon=gluon))
         return sum(len(cache[0]) for kernel in kernels_used for cache in kernel.device_caches.values())
 
     counts = []

@@ -268,10 +268,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus,
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     y = u.new_empty((batch, length, dim) if merge else (batch, length, num_paths, dim))
     last_state = u.new_empty((batch, num_paths, dim, A.shape[-1]), dtype=dtype)
-    shape = (0, 0, 0, 0, 0)
-    if save_states:
-        shape = load_backend(backend).states_shape(batch, length, num_paths, dim, A.shape[-1])
-    return y, last_state, u.new_empty(shape, dtype=dtype)
+    return y, last_state, load_backend(backend).new_states(delta, A.shape[-1], save_states)
 
 
 def _backward(

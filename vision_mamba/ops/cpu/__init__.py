@@ -2,14 +2,14 @@
 
 from .add_norm import add_norm_backward, add_norm_forward
 from .causal_conv1d import causal_conv1d_backward, causal_conv1d_forward
-from .selective_scan import selective_scan_backward, selective_scan_forward, states_shape
+from .selective_scan import new_states, selective_scan_backward, selective_scan_forward
 
 __all__ = [
     "add_norm_backward",
     "add_norm_forward",
     "causal_conv1d_backward",
     "causal_conv1d_forward",
+    "new_states",
     "selective_scan_backward",
     "selective_scan_forward",
-    "states_shape",
 ]

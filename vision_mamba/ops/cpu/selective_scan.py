@@ -26,9 +26,12 @@ def _split(batch: int, channels: int) -> tuple[int, int]:
     return -(-channels // size), size
 
 
-def states_shape(batch: int, length: int, num_paths: int, dim: int, num_states: int) -> tuple[int, ...]:
-    """Shape of the saved border states: (batch, chunks, K, N, D)."""
-    return batch, (length + CHUNK - 1) // CHUNK, num_paths, num_states, dim
+def new_states(delta: Tensor, num_states: int, save: bool) -> Tensor:
+    """For the border states (batch, chunks, K, N, D) of steps (batch, L, K, D); empty where none are saved."""
+    batch, length, num_paths, dim = delta.shape
+    dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
+    chunks = (length + CHUNK - 1) // CHUNK
+    return delta.new_empty((batch, chunks, num_paths, num_states, dim) if save else (0, 0, 0, 0, 0), dtype=dtype)
 
 
 @numba.njit(**KERNEL)
@@ -311,8 +314,7 @@ def selective_scan_forward(
     length, num_paths, dim, num_states, _, blocks, _ = sizes
     y = torch.empty(batch, length, 1 if merge else num_paths, dim, dtype=dtype)
     last_state = torch.empty(batch, num_paths, dim, num_states, dtype=dtype)
-    shape = states_shape(batch, length, num_paths, dim, num_states) if save_states else (0, 0, 0, 0, 0)
-    states = torch.empty(shape, dtype=dtype)
+    states = new_states(delta, num_states, save_states)
     if initial_state is None:
         initial = torch.empty(0, 0, 0, 0, dtype=dtype)
     else:

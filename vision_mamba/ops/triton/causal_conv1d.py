@@ -117,7 +117,7 @@ def _conv_backward_kernel(
             sig = sigmoid(out)
             grad = grad * sig * (1.0 + out * (1.0 - sig))
         step = tl.where(t < length, t, -1)
-        store_rows(slope + (k * batch + image) * length * dim, step, dim, c, c_ok, grad)
+        store_rows(slope + (k * batch + image) * length * dim, step, tl.cast(dim, tl.int64), c, c_ok, grad)
         sum_bias += grad
         sum0 += grad * read0
         if WIDTH > 1:
@@ -167,8 +167,9 @@ def _conv_input_kernel(
             at = k * w_k + (WIDTH - 1 - ahead) * dim + c
             weights = tl.load(weight + at, mask=c_ok, other=0.0).to(tl.float32)
             step = tl.where(t + ahead < length, t + ahead, -1)
-            grad += weights[None, :] * load_rows(rows, step, dim, c, c_ok).to(tl.float32)
-    store_rows(dx + image * length * dim, tl.where(token < length, token, -1), dim, c, c_ok, grad)
+            grad += weights[None, :] * load_rows(rows, step, tl.cast(dim, tl.int64), c, c_ok).to(tl.float32)
+    token = tl.where(token < length, token, -1)
+    store_rows(dx + image * length * dim, token, tl.cast(dim, tl.int64), c, c_ok, grad)
 
 
 def _inverse(paths: Tensor) -> Tensor:

@@ -14,6 +14,22 @@ from torch import Tensor
 LOG2E = tl.constexpr(math.log2(math.e))
 # Triton 3.10 no longer fuses a * b + c unless asked to, and 3.9 warns of it; the recurrence lives on it.
 OPTIONS = {"enable_fp_fusion": True}
+# Gluon, Triton with layouts chosen by hand, as it is since Triton 3.6; for warps of 32 lanes.
+HAS_GLUON = (
+    not triton.knobs.runtime.interpret
+    and torch.version.hip is None
+    and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+)
+
+
+# Of the scan. For the rows of states (h_n, border_n) it matters that Triton does not know them aligned: it would load
+# them four channels a thread, keep that layout for the state in the loop, and pass the state through shared memory at
+# every step.
+VARYING = (
+    "batch length num_paths loop_paths groups span num_spans saves u_b u_l u_k delta_b delta_l delta_k z_b z_l z_k "
+    "y_b y_l y_k dy_b dy_l dy_k du_b du_l du_k dz_b dz_l dz_k B_b B_l B_k B_g C_b C_l C_k C_g "
+    "A_k A_d A_n D_k bias_k paths_k h_b h_s h_k h_n border_n"
+).split()
 
 
 def jit_without(varying: Sequence[str]):
@@ -31,22 +47,29 @@ def jit_without(varying: Sequence[str]):
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
+    # The square of a reciprocal square root, which is one instruction; a division is ten.
+    r = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
+    return r * r
+
+
+@triton.jit
+def log1p_below_one(e):
+    """``log(1 + e)`` for e in [0, 1] to 2e-7 of itself, also where it is tiny: no log1p on every device."""
+    p = e * 0.0052326880395412445 - 0.029505213722586632
+    p = p * e + 0.07822591066360474
+    p = p * e - 0.13663242757320404
+    p = p * e + 0.19106005132198334
+    p = p * e - 0.2484298199415207
+    p = p * e + 0.3331909775733948
+    p = p * e - 0.4999949336051941
+    p = p * e + 0.9999999403953552
+    return p * e
 
 
 @triton.jit
 def softplus(x):
-    """``log(1 + exp(x))`` to float32 rounding, also where it is tiny: no log1p on every device."""
-    e = tl.exp2(tl.abs(x) * -LOG2E)
-    s = e / (2.0 + e)  # log1p(e) = 2 artanh(s)
-    q = s * s
-    p = q * (1.0 / 13.0) + 1.0 / 11.0
-    p = p * q + 1.0 / 9.0
-    p = p * q + 1.0 / 7.0
-    p = p * q + 1.0 / 5.0
-    p = p * q + 1.0 / 3.0
-    p = p * q + 1.0
-    return tl.maximum(x, 0.0) + 2.0 * s * p
+    """``log(1 + exp(x))`` to float32 rounding."""
+    return tl.maximum(x, 0.0) + log1p_below_one(tl.exp2(tl.abs(x) * -LOG2E))
 
 
 @triton.jit
@@ -58,14 +81,17 @@ def visited(paths, position, end, length):
 
 @triton.jit
 def load_rows(base, token, stride, column, column_ok):
-    """Tile [tokens, columns]; zeros where the token is -1 or the column masked."""
-    at = token.to(tl.int64)[:, None] * stride + column[None, :]
+    """Tile [tokens, columns]; zeros where the token is -1 or the column masked.
+
+    Offsets are integers of the wider type of token and stride: 64 bits unless all fit in 32.
+    """
+    at = token[:, None] * stride + column[None, :]
     return tl.load(base + at, mask=(token >= 0)[:, None] & column_ok[None, :], other=0.0)
 
 
 @triton.jit
 def store_rows(base, token, stride, column, column_ok, value):
-    at = token.to(tl.int64)[:, None] * stride + column[None, :]
+    at = token[:, None] * stride + column[None, :]
     tl.store(base + at, value.to(base.dtype.element_ty), mask=(token >= 0)[:, None] & column_ok[None, :])
 
 

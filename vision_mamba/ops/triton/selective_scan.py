@@ -15,10 +15,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from .runtime import (
+    HAS_GLUON,
     LOG2E,
     OPTIONS,
+    VARYING,
     alignment,
     check_dtypes,
     dense,
@@ -32,15 +35,7 @@ from .runtime import (
     visited,
 )
 
-# For the rows of states (h_n, border_n) it matters that Triton does not know them aligned: it would load them four
-# channels a thread, keep that layout for the state in the loop, and pass the state through shared memory at every step.
-_jit = jit_without(
-    (
-        "batch length num_paths loop_paths groups span num_spans saves u_b u_l u_k delta_b delta_l delta_k z_b z_l z_k "
-        "y_b y_l y_k dy_b dy_l dy_k du_b du_l du_k dz_b dz_l dz_k B_b B_l B_k B_g C_b C_l C_k C_g "
-        "A_k A_d A_n D_k bias_k paths_k h_b h_s h_k h_n border_n"
-    ).split()
-)
+_jit = jit_without(VARYING)
 
 
 @triton.jit
@@ -48,7 +43,7 @@ def _step(tile, index, step: tl.constexpr):
     """tile[step] along the first axis: exact, and free where that axis lies in a thread."""
     # A sum of integers, not of floats: the compiler may drop the zeros it adds.
     bits = tl.where(index == step, tile.to(tl.int32, bitcast=True), 0)
-    return tl.sum(bits, axis=0).to(tl.float32, bitcast=True)
+    return tl.sum(bits, axis=0, keep_dims=True).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -128,9 +123,9 @@ def _scan_tile(dt, dtu, b, a2, h, T: tl.constexpr):
     before = x
     after = x
     for s in tl.static_range(T):
-        before = tl.where(index == s, h[None, :, :], before)
+        before = tl.where(index == s, h, before)
         h = _step(decay, index, s) * h + _step(x, index, s)
-        after = tl.where(index == s, h[None, :, :], after)
+        after = tl.where(index == s, h, after)
     return decay, before, after, h
 
 
@@ -167,7 +162,7 @@ def _scan_forward_kernel(
     u_b, u_l, u_k, delta_b, delta_l, delta_k, z_b, z_l, z_k, y_b, y_l, y_k,
     B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, A_k, A_d, A_n, D_k, bias_k, paths_k, h_b, h_s, h_k, h_n, border_n,
     N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, LOOP_PATHS: tl.constexpr, WARPS: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr, SOFTPLUS: tl.constexpr, LOOP_PATHS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     image, span_index, k0, group, block, c, c_ok = _locate(num_paths, groups, per_group, num_spans, LOOP_PATHS, BLOCK)
     n = tl.arange(0, NP)
@@ -178,12 +173,12 @@ def _scan_forward_kernel(
     num_chunks = tl.cdiv(length, CHUNK)
     start = span_index * span
     end = tl.minimum(start + span, length)
-    u_l = tl.multiple_of(u_l.to(tl.int64), ALIGN)
-    delta_l = tl.multiple_of(delta_l.to(tl.int64), ALIGN)
-    z_l = tl.multiple_of(z_l.to(tl.int64), ALIGN)
-    y_l = tl.multiple_of(y_l.to(tl.int64), ALIGN)
-    B_l = B_l.to(tl.int64)
-    C_l = C_l.to(tl.int64)
+    u_l = (u_l // ALIGN).to(OFFSET) * ALIGN
+    delta_l = (delta_l // ALIGN).to(OFFSET) * ALIGN
+    z_l = (z_l // ALIGN).to(OFFSET) * ALIGN
+    y_l = (y_l // ALIGN).to(OFFSET) * ALIGN
+    B_l = B_l.to(OFFSET)
+    C_l = C_l.to(OFFSET)
 
     paths_here = 1
     if LOOP_PATHS:
@@ -206,11 +201,11 @@ def _scan_forward_kernel(
         shift = tl.zeros([BLOCK], tl.float32)
         if bias is not None:
             shift = tl.load(bias + tl.cast(k, tl.int64) * bias_k + c, mask=c_ok, other=0.0).to(tl.float32)
-        h = tl.zeros([NP, BLOCK], tl.float32)
+        h = tl.zeros([1, NP, BLOCK], tl.float32)
         if initial is not None:
             h_at = image * h_b + span_index.to(tl.int64) * h_s + tl.cast(k, tl.int64) * h_k
             h_at = h_at + n[:, None].to(tl.int64) * h_n + c[None, :]
-            h = tl.load(initial + h_at, mask=nc_ok, other=0.0).to(tl.float32)
+            h = tl.load(initial + h_at, mask=nc_ok, other=0.0).to(tl.float32)[None, :, :]
 
         # One tile ahead in the rows, two in the path: no load waits for another one.
         token_next = visited(path, start + step, end, length)
@@ -244,7 +239,9 @@ def _scan_forward_kernel(
             # arithmetic below. Without it the kernel is 6 to 17 % slower on an H100.
             if (saves != 0) & (t0 % CHUNK == 0):
                 border = states + ((image * num_chunks + t0 // CHUNK) * num_paths + k) * N * border_n
-                tl.store(border + n[:, None].to(tl.int64) * border_n + c[None, :], h, mask=nc_ok)
+                tl.store(
+                    border + n[None, :, None].to(tl.int64) * border_n + c[None, None, :], h, mask=nc_ok[None, :, :]
+                )
 
             _, dt = _step_sizes(delta_tile, shift, t0 + step, end, SOFTPLUS)
             uf = u_tile.to(tl.float32)
@@ -259,7 +256,7 @@ def _scan_forward_kernel(
 
         state_at = (image * num_paths + k) * N * dim + c[None, :].to(tl.int64) * N + n[:, None]
         if span_index == num_spans - 1:
-            tl.store(last_state + state_at, h, mask=nc_ok)
+            tl.store(last_state + state_at[None, :, :], h, mask=nc_ok[None, :, :])
         if LOOP_PATHS:
             tl.debug_barrier()  # the next path reads rows that other threads of the program wrote
 
@@ -270,7 +267,7 @@ def _span_forward_kernel(
     length, num_paths, groups, per_group, span, num_spans,
     u_b, u_l, u_k, delta_b, delta_l, delta_k, B_b, B_l, B_k, B_g, A_k, A_d, A_n, bias_k, paths_k, border_n,
     N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """What a span does to the state: change [.., N, D] from zero, and the sum of its steps [.., D]."""
     image, span_index, k, group, block, c, c_ok = _locate(num_paths, groups, per_group, num_spans, False, BLOCK)
@@ -280,9 +277,9 @@ def _span_forward_kernel(
     step = tl.arange(0, T)
     start = span_index * span
     end = tl.minimum(start + span, length)
-    u_l = tl.multiple_of(u_l.to(tl.int64), ALIGN)
-    delta_l = tl.multiple_of(delta_l.to(tl.int64), ALIGN)
-    B_l = B_l.to(tl.int64)
+    u_l = (u_l // ALIGN).to(OFFSET) * ALIGN
+    delta_l = (delta_l // ALIGN).to(OFFSET) * ALIGN
+    B_l = B_l.to(OFFSET)
     u_rows = u + tl.multiple_of(image * u_b + tl.cast(k, tl.int64) * u_k, ALIGN)
     delta_rows = delta + tl.multiple_of(image * delta_b + tl.cast(k, tl.int64) * delta_k, ALIGN)
     B_rows = B + image * B_b + tl.cast(k, tl.int64) * B_k + group.to(tl.int64) * B_g
@@ -292,7 +289,7 @@ def _span_forward_kernel(
     shift = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
         shift = tl.load(bias + tl.cast(k, tl.int64) * bias_k + c, mask=c_ok, other=0.0).to(tl.float32)
-    h = tl.zeros([NP, BLOCK], tl.float32)
+    h = tl.zeros([1, NP, BLOCK], tl.float32)
     dt_sum = tl.zeros([T, BLOCK], tl.float32)
 
     token_next = visited(path, start + step, end, length)
@@ -314,7 +311,7 @@ def _span_forward_kernel(
         dt_sum += dt
     at = ((image * num_spans + span_index) * num_paths + k) * border_n
     tl.store(total + at + c, tl.sum(dt_sum, axis=0), mask=c_ok)
-    tl.store(change + at * N + n[:, None].to(tl.int64) * border_n + c[None, :], h, mask=nc_ok)
+    tl.store(change + at * N + n[None, :, None].to(tl.int64) * border_n + c[None, None, :], h, mask=nc_ok[None, :, :])
 
 
 @_jit
@@ -324,7 +321,7 @@ def _span_backward_kernel(
     delta_b, delta_l, delta_k, z_b, z_l, z_k, dy_b, dy_l, dy_k, C_b, C_l, C_k, C_g, A_k, A_d, A_n,
     bias_k, paths_k, border_n,
     N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """The same of the gradient of the state, which runs from the last step to the first."""
     image, span_index, k, group, block, c, c_ok = _locate(num_paths, groups, per_group, num_spans, False, BLOCK)
@@ -335,10 +332,10 @@ def _span_backward_kernel(
     index = tl.arange(0, T)[:, None, None]
     start = span_index * span
     end = tl.minimum(start + span, length)
-    delta_l = tl.multiple_of(delta_l.to(tl.int64), ALIGN)
-    z_l = tl.multiple_of(z_l.to(tl.int64), ALIGN)
-    dy_l = tl.multiple_of(dy_l.to(tl.int64), ALIGN)
-    C_l = C_l.to(tl.int64)
+    delta_l = (delta_l // ALIGN).to(OFFSET) * ALIGN
+    z_l = (z_l // ALIGN).to(OFFSET) * ALIGN
+    dy_l = (dy_l // ALIGN).to(OFFSET) * ALIGN
+    C_l = C_l.to(OFFSET)
     delta_rows = delta + tl.multiple_of(image * delta_b + tl.cast(k, tl.int64) * delta_k, ALIGN)
     dy_rows = dy + tl.multiple_of(image * dy_b + tl.cast(k, tl.int64) * dy_k, ALIGN)
     if z is not None:
@@ -350,7 +347,7 @@ def _span_backward_kernel(
     shift = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
         shift = tl.load(bias + tl.cast(k, tl.int64) * bias_k + c, mask=c_ok, other=0.0).to(tl.float32)
-    g = tl.zeros([NP, BLOCK], tl.float32)
+    g = tl.zeros([1, NP, BLOCK], tl.float32)
     dt_sum = tl.zeros([T, BLOCK], tl.float32)
 
     num_tiles = tl.cdiv(end - start, T)
@@ -371,7 +368,7 @@ def _span_backward_kernel(
             g = _step(decay, index, s) * (g + _step(direct, index, s))
     at = ((image * num_spans + span_index) * num_paths + k) * border_n
     tl.store(total + at + c, tl.sum(dt_sum, axis=0), mask=c_ok)
-    tl.store(change + at * N + n[:, None].to(tl.int64) * border_n + c[None, :], g, mask=nc_ok)
+    tl.store(change + at * N + n[None, :, None].to(tl.int64) * border_n + c[None, None, :], g, mask=nc_ok[None, :, :])
 
 
 @_jit
@@ -388,10 +385,10 @@ def _link_spans_kernel(
     index = tl.arange(0, SPANS)
     a_at = tl.cast(k, tl.int64) * A_k + c.to(tl.int64) * A_d + tl.cast(n, tl.int64) * A_n
     a2 = tl.load(A + a_at, mask=c_ok, other=0.0).to(tl.float32) * LOG2E
-    h = tl.zeros([BLOCK], tl.float32)
+    h = tl.zeros([1, BLOCK], tl.float32)
     if initial is not None:
         h_at = image * h_b + tl.cast(k, tl.int64) * h_k + tl.cast(n, tl.int64) * h_n + c
-        h = tl.load(initial + h_at, mask=c_ok, other=0.0).to(tl.float32)
+        h = tl.load(initial + h_at, mask=c_ok, other=0.0).to(tl.float32)[None, :]
     for i in range(0, num_spans, SPANS):
         s = i + index
         ok = (s < num_spans)[:, None] & c_ok[None, :]
@@ -403,7 +400,7 @@ def _link_spans_kernel(
         decay = tl.exp2(tl.load(total + at + c[None, :], mask=ok, other=0.0) * a2[None, :])
         before = x
         for r in tl.static_range(SPANS):
-            before = tl.where(index[:, None] == r, h[None, :], before)
+            before = tl.where(index[:, None] == r, h, before)
             h = _step(decay, index[:, None], r) * h + _step(x, index[:, None], r)
         tl.store(change + state_at, before, mask=ok)
 
@@ -416,7 +413,7 @@ def _scan_backward_kernel(
     u_b, u_l, u_k, delta_b, delta_l, delta_k, z_b, z_l, z_k, dy_b, dy_l, dy_k, du_b, du_l, du_k, dz_b, dz_l, dz_k,
     B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, A_k, A_d, A_n, D_k, bias_k, paths_k, h_b, h_s, h_k, h_n, border_n,
     N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, LOOP_PATHS: tl.constexpr, WARPS: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr, SOFTPLUS: tl.constexpr, LOOP_PATHS: tl.constexpr, WARPS: tl.constexpr,
     ADD_DU: tl.constexpr, ADD_DZ: tl.constexpr,
 ):  # fmt: skip
     """Chunks of TILES tiles from the last to the first; a chunk's states are found again from its border.
@@ -435,16 +432,16 @@ def _scan_backward_kernel(
     num_chunks = tl.cdiv(length, CHUNK)
     start = span_index * span
     end = tl.minimum(start + span, length)
-    u_l = tl.multiple_of(u_l.to(tl.int64), ALIGN)
-    delta_l = tl.multiple_of(delta_l.to(tl.int64), ALIGN)
-    z_l = tl.multiple_of(z_l.to(tl.int64), ALIGN)
-    dy_l = tl.multiple_of(dy_l.to(tl.int64), ALIGN)
-    du_l = tl.multiple_of(du_l.to(tl.int64), ALIGN)
-    dz_l = tl.multiple_of(dz_l.to(tl.int64), ALIGN)
-    B_l = B_l.to(tl.int64)
-    C_l = C_l.to(tl.int64)
-    ddelta_l = dim.to(tl.int64) * num_paths
-    dB_l = num_paths.to(tl.int64) * groups * N
+    u_l = (u_l // ALIGN).to(OFFSET) * ALIGN
+    delta_l = (delta_l // ALIGN).to(OFFSET) * ALIGN
+    z_l = (z_l // ALIGN).to(OFFSET) * ALIGN
+    dy_l = (dy_l // ALIGN).to(OFFSET) * ALIGN
+    du_l = (du_l // ALIGN).to(OFFSET) * ALIGN
+    dz_l = (dz_l // ALIGN).to(OFFSET) * ALIGN
+    B_l = B_l.to(OFFSET)
+    C_l = C_l.to(OFFSET)
+    ddelta_l = dim.to(OFFSET) * num_paths
+    dB_l = num_paths.to(OFFSET) * groups * N
 
     paths_here = 1
     if LOOP_PATHS:
@@ -471,11 +468,11 @@ def _scan_backward_kernel(
         shift = tl.zeros([BLOCK], tl.float32)
         if bias is not None:
             shift = tl.load(bias + tl.cast(k, tl.int64) * bias_k + c, mask=c_ok, other=0.0).to(tl.float32)
-        g = tl.zeros([NP, BLOCK], tl.float32)
+        g = tl.zeros([1, NP, BLOCK], tl.float32)
         if dlast is not None:
             h_at = image * h_b + span_index.to(tl.int64) * h_s + tl.cast(k, tl.int64) * h_k
             h_at = h_at + n[:, None].to(tl.int64) * h_n + c[None, :]
-            g = tl.load(dlast + h_at, mask=nc_ok, other=0.0).to(tl.float32)
+            g = tl.load(dlast + h_at, mask=nc_ok, other=0.0).to(tl.float32)[None, :, :]
         da = tl.zeros([NP, BLOCK], tl.float32)
         dd = tl.zeros([T, BLOCK], tl.float32)
         dshift = tl.zeros([T, BLOCK], tl.float32)
@@ -489,6 +486,7 @@ def _scan_backward_kernel(
             t_last = t_chunk + (tiles - 1) * T
             border = states + ((image * num_chunks + chunk) * num_paths + k) * N * border_n
             h = tl.load(border + n[:, None].to(tl.int64) * border_n + c[None, :], mask=nc_ok, other=0.0)
+            h = h.to(tl.float32)[None, :, :]
 
             # The first loads of both sweeps together, then one tile ahead in each.
             last_token = visited(path, t_last + step, end, length)
@@ -505,7 +503,7 @@ def _scan_backward_kernel(
             b_next = _load_states(B_rows, token_next, B_l, n, n_ok)
             token_after = visited(path, t_chunk + T + step, t_last, length)
 
-            borders = tl.broadcast_to(h[None, :, :], (TILES, NP, BLOCK))
+            borders = tl.broadcast_to(h, (TILES, NP, BLOCK))
             for s in range(1, tiles):
                 token = token_next
                 delta_tile = delta_next
@@ -518,7 +516,7 @@ def _scan_backward_kernel(
                 token_after = visited(path, t_chunk + (s + 1) * T + step, t_last, length)
                 _, dt = _step_sizes(delta_tile, shift, t_chunk + (s - 1) * T + step, end, SOFTPLUS)
                 _, _, _, h = _scan_tile(dt, _settled(dt * u_tile.to(tl.float32)), _states(b_tile, NP), a2, h, T)
-                borders = tl.where(tile_index == s, h[None, :, :], borders)
+                borders = tl.where(tile_index == s, h, borders)
 
             token_next = last_token
             delta_next = delta_last
@@ -567,9 +565,9 @@ def _scan_backward_kernel(
                 passed = grad
                 for r in tl.static_range(T - 1, -1, -1):
                     here = _step(grad, index, r) + g
-                    grad = tl.where(index == r, here[None, :, :], grad)
+                    grad = tl.where(index == r, here, grad)
                     g = _step(decay, index, r) * here
-                    passed = tl.where(index == r, g[None, :, :], passed)
+                    passed = tl.where(index == r, g, passed)
                 store_rows(dB + partial, token, dB_l, n, n_ok, _sum_channels(grad * (dt * uf)[:, None, :]))
                 gb = _sum_states(grad * bf[:, :, None], WARPS)
                 power = passed * before  # the gradient of delta * A
@@ -595,9 +593,23 @@ def _scan_backward_kernel(
         if dinitial is not None:
             state_at = (image * num_paths + k) * N * dim + c[None, :].to(tl.int64) * N + n[:, None]
             if span_index == 0:
-                tl.store(dinitial + state_at, g, mask=nc_ok)
+                tl.store(dinitial + state_at[None, :, :], g, mask=nc_ok[None, :, :])
         if LOOP_PATHS:
             tl.debug_barrier()  # the next path reads rows that other threads of the program wrote
+
+
+@triton.jit(do_not_specialize=["blocks", "size"])
+def _add_blocks_kernel(partial_B, partial_C, dB, dC, size, blocks, BLOCK: tl.constexpr):
+    """The sums over the first axis of (blocks, size)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < size
+    of_B = tl.zeros([BLOCK], tl.float32)
+    of_C = tl.zeros([BLOCK], tl.float32)
+    for b in range(blocks):
+        of_B += tl.load(partial_B + tl.cast(b, tl.int64) * size + at, mask=ok, other=0.0)
+        of_C += tl.load(partial_C + tl.cast(b, tl.int64) * size + at, mask=ok, other=0.0)
+    tl.store(dB + at, of_B.to(dB.dtype.element_ty), mask=ok)
+    tl.store(dC + at, of_C.to(dC.dtype.element_ty), mask=ok)
 
 
 class _Config(NamedTuple):
@@ -607,9 +619,10 @@ class _Config(NamedTuple):
     tiles: int = 1  # a chunk: the backward pass holds the states before each of them in registers
     resident: int = 12  # warps a multiprocessor that hide most of the latency
     registers: int | None = None  # a thread; a limit leaves room for more warps
+    gluon: bool = False
+    block: int = 32  # channels a program; one a lane in the portable kernels: a row of them is one coalesced access
 
 
-BLOCK = 32  # channels a program, one a lane: a row of them is one coalesced access
 MAX_STATES = 256  # of a channel: eight warps then hold one step of them
 _REGISTERS = 168  # a thread: twelve warps then fit on a multiprocessor of 65536
 _SPAN_STEPS = 64  # shorter spans cost more in launches than they gain
@@ -643,15 +656,41 @@ def _backward_config(num_states: int) -> _Config:
     return _Config(states, steps, warps, tiles=8 if steps == 4 else 4, resident=resident, registers=registers)
 
 
+def _gluon_forward_config(device: torch.device, programs: int, length: int) -> _Config:
+    """Tiles of 8 steps; 16 channels a program where ``programs`` of 32 channels are too few.
+
+    Half the channels are half as many numbers for a lane, and more instructions for each: that pays where spans would
+    walk everything twice, or where the path is too short for as many spans as would fill the device.
+    """
+    config = _Config(0, 8, 1, resident=12, gluon=True)
+    wanted = _wanted_programs(device, config)
+    most_spans = max(min(length // _SPAN_STEPS, math.isqrt(length)), 1)
+    if wanted // 6 <= programs < wanted // 2 or programs * most_spans < wanted:
+        config = config._replace(block=16, resident=16)
+    return config
+
+
+def _uses_gluon(num_states: int, device: torch.device) -> bool:
+    return HAS_GLUON and device.type != "cpu" and 4 < num_states <= 16
+
+
 def _chunk(num_states: int) -> int:
     """Steps between saved states: whole tiles of the forward pass, which saves them between its tiles."""
+    if HAS_GLUON and 4 < num_states <= 16:
+        return 16
     config = _backward_config(num_states)
     return config.steps * config.tiles
 
 
-def states_shape(batch: int, length: int, num_paths: int, dim: int, num_states: int) -> tuple[int, ...]:
-    """Shape of the saved border states: (batch, chunks, K, N, D)."""
-    return batch, triton.cdiv(length, _chunk(num_states)), num_paths, num_states, dim
+def new_states(delta: Tensor, num_states: int, save: bool) -> Tensor:
+    """For the border states (batch, chunks, K, N, D) of steps (batch, L, K, D); empty where none are saved.
+
+    In bfloat16 where the gradients are rounded to it anyway: half the memory that a training step keeps.
+    """
+    batch, length, num_paths, dim = delta.shape
+    dtype = torch.bfloat16 if delta.dtype == torch.bfloat16 else torch.float32
+    chunks = triton.cdiv(length, _chunk(num_states))
+    return delta.new_empty((batch, chunks, num_paths, num_states, dim) if save else (0, 0, 0, 0, 0), dtype=dtype)
 
 
 def _wanted_programs(device: torch.device, config: _Config) -> int:
@@ -692,7 +731,11 @@ class _Arguments(NamedTuple):
     sizes: dict
     strides: dict
     align: int
-    blocks: int
+    offset: tl.dtype
+
+    def blocks(self, config: _Config) -> int:
+        """Programs that share the channels of a path of an image."""
+        return self.sizes["groups"] * triton.cdiv(self.sizes["per_group"], config.block)
 
 
 def _names(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
@@ -701,6 +744,11 @@ def _names(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
     # A path axis of size 1 is read by every path.
     strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return {f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
+
+
+def _offset(length: int, *strides: int) -> tl.dtype:
+    """The integers for offsets in an image: 64 bits cost several instructions a row, and few images need them."""
+    return tl.int32 if max(strides) * length < 2**31 else tl.int64
 
 
 def _arguments(u, delta, A, B, C, D, z, delta_bias, paths) -> _Arguments:
@@ -723,9 +771,10 @@ def _arguments(u, delta, A, B, C, D, z, delta_bias, paths) -> _Arguments:
     strides |= _names("D", D, "k") | _names("bias", delta_bias, "k") | _names("paths", paths, "k")
     sizes = {
         "length": length, "num_paths": num_paths, "groups": groups, "per_group": dim // groups, "border_n": dim,
+        "STATE_ALIGN": alignment(*(_names("B", B, "blkg") | _names("C", C, "blkg")).values()),
     }  # fmt: skip
-    blocks = groups * triton.cdiv(dim // groups, BLOCK)
-    return _Arguments(tensors, sizes, strides, alignment(dim, *rows.values()), blocks)
+    offset = _offset(length, num_paths * dim, *(stride for name, stride in strides.items() if name.endswith("_l")))
+    return _Arguments(tensors, sizes, strides, alignment(dim, *rows.values()), offset)
 
 
 def _launch(kernel, grid: tuple[int, ...], arguments: dict, warps: int, registers: int | None = None) -> None:
@@ -748,7 +797,7 @@ def _link(plan: _Plan, kernel, given: dict, state: Tensor | None, x: _Arguments,
     change = x.tensors["u"].new_empty(*shape, given["N"], dim, dtype=torch.float32)
     total = x.tensors["u"].new_empty(*shape, dim, dtype=torch.float32)
     given = given | {"change": change, "total": total}
-    _launch(kernel, (plan.programs,), given, config.warps)
+    _launch(kernel, (plan.programs,), given | {"initial": None}, config.warps)
     given |= dict(initial=state, REVERSE=reverse, **_names("h", state, "bskn"))
     # One warp, so that the spans of a tile lie in one thread.
     _launch(_link_spans_kernel, (plan.programs // plan.num_spans, given["N"]), given | {"SPANS": 16}, 1)
@@ -776,37 +825,60 @@ def selective_scan_forward(
     check_dtypes(initial_state=initial_state)
     batch, length, num_paths, dim = delta.shape
     num_states = A.shape[-1]
-    config = _forward_config(num_states)
-    shared = _forward_config(num_states, fills=False)
-    programs = batch * num_paths * x.blocks
     sum_over_paths = merge and num_paths > 1
-    if _wanted_programs(u.device, shared) <= programs < _wanted_programs(u.device, config) // 2:
-        config = shared
-        sum_over_paths = False  # programs are few enough already
+    config = _forward_config(num_states)
+    programs = batch * num_paths * x.blocks(config)
+    if _uses_gluon(num_states, u.device):
+        config = _gluon_forward_config(u.device, programs, length)._replace(states=config.states)
+    else:
+        shared = _forward_config(num_states, fills=False)
+        if _wanted_programs(u.device, shared) <= programs < _wanted_programs(u.device, config) // 2:
+            config = shared
+            sum_over_paths = False  # programs are few enough already
     plan = _plan(
-        batch, length, num_paths, x.blocks, num_states, u.device, config, sum_over_paths, least_spans=3
+        batch, length, num_paths, x.blocks(config), num_states, u.device, config, sum_over_paths, least_spans=3
     )  # fmt: skip
     initial = _state_rows(initial_state)
     last_state = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
-    shape = states_shape(batch, length, num_paths, dim, num_states) if save_states else (0, 0, 0, 0, 0)
-    states = u.new_empty(shape, dtype=torch.float32)
+    states = new_states(delta, num_states, save_states)
     y = _by_path(u, batch, length, 1 if plan.loop_paths else num_paths, dim, merge)
     given = dict(
         **x.tensors, **x.sizes, **x.strides, **_names("y", y, "blk"), **_names("h", initial, "bskn"),
-        initial=initial, y=y, last_state=last_state, states=states, saves=int(save_states),
-        span=plan.span, num_spans=plan.num_spans, N=num_states, NP=config.states, T=config.steps, BLOCK=BLOCK,
-        CHUNK=_chunk(num_states), ALIGN=x.align, SOFTPLUS=delta_softplus, LOOP_PATHS=plan.loop_paths,
+        initial=initial, y=y, last_state=last_state, states=states, saves=int(save_states), change=None, total=None,
+        span=plan.span, num_spans=plan.num_spans, N=num_states, NP=config.states, T=config.steps, BLOCK=config.block,
+        CHUNK=_chunk(num_states), ALIGN=x.align, OFFSET=x.offset, SOFTPLUS=delta_softplus, LOOP_PATHS=plan.loop_paths,
         WARPS=config.warps,
     )  # fmt: skip
     if plan.programs > 0:
         with on_device(u):
             if plan.num_spans > 1:
-                initial = _link(plan, _span_forward_kernel, given, initial, x, config, reverse=False)
+                kernel = _kernels(config).span_forward
+                initial = _link(plan, kernel, given | {"y": None}, initial, x, config, reverse=False)
                 given |= dict(initial=initial, **_names("h", initial, "bskn"))
-            _launch(_scan_forward_kernel, (plan.programs,), given, config.warps, config.registers)
+            _launch(_kernels(config).forward, (plan.programs,), given, config.warps, config.registers)
     if merge:
         y = _merged(y)
     return y, last_state, states
+
+
+class _Kernels(NamedTuple):
+    forward: JITFunction
+    span_forward: JITFunction  # what a span does to the state
+    backward: JITFunction
+    span_backward: JITFunction
+
+
+def _kernels(config: _Config) -> _Kernels:
+    if not config.gluon:
+        return _Kernels(_scan_forward_kernel, _span_forward_kernel, _scan_backward_kernel, _span_backward_kernel)
+    from . import scan_gluon  # only here: older Triton has no Gluon
+
+    return _Kernels(
+        scan_gluon.scan_forward_kernel,
+        scan_gluon.scan_forward_kernel,
+        scan_gluon.scan_backward_kernel,
+        scan_gluon.span_backward_kernel,
+    )
 
 
 def selective_scan_backward(
@@ -818,10 +890,14 @@ def selective_scan_backward(
     batch, length, num_paths, dim = delta.shape
     num_states, groups = A.shape[-1], B.shape[3]
     config = _backward_config(num_states)
+    if _uses_gluon(num_states, u.device):
+        steps = 64 // config.states  # a lane then holds 64 numbers of a tile
+        tiles = _chunk(num_states) // steps
+        config = _Config(config.states, steps, 1, tiles=tiles, resident=16, gluon=True)
     u_shared = u.shape[2] < num_paths
     z_shared = z is not None and z.shape[2] < num_paths
     plan = _plan(
-        batch, length, num_paths, x.blocks, num_states, u.device, config, u_shared or z_shared, least_spans=2
+        batch, length, num_paths, x.blocks(config), num_states, u.device, config, u_shared or z_shared, least_spans=2
     )  # fmt: skip
     dy = dense(dy.unsqueeze(2) if merge else dy)
     dlast = _state_rows(dlast_state)
@@ -844,38 +920,43 @@ def selective_scan_backward(
     dA = parameter_grad(num_paths, num_states, dim)
     dD = None if D is None else parameter_grad(num_paths, dim)
     dbias = None if delta_bias is None else parameter_grad(num_paths, dim)
-    dB = u.new_empty(x.blocks // groups, batch, length, num_paths, groups, num_states, dtype=torch.float32)
-    dC = torch.empty_like(dB)
+    # The same for the blocks of channels.
+    shape = x.blocks(config) // groups, batch, length, num_paths, groups, num_states
+    partial_B = u.new_empty(shape, dtype=torch.float32)
+    partial_C = torch.empty_like(partial_B)
+    dB = torch.empty_like(B, memory_format=torch.contiguous_format)
+    dC = torch.empty_like(C, memory_format=torch.contiguous_format)
     dinitial = None
     if initial_state is not None:
         dinitial = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
     given = dict(
         **x.tensors, **x.sizes, **x.strides, **_names("dy", dy, "blk"), **_names("du", du, "blk"),
         **_names("dz", dz, "blk"), **_names("h", dlast, "bskn"), batch=batch, states=states, dy=dy, dlast=dlast,
-        du=du, ddelta=ddelta, dA=dA, dB=dB, dC=dC, dD=dD, dz=dz, dbias=dbias, dinitial=dinitial,
-        span=plan.span, num_spans=plan.num_spans, N=num_states, NP=config.states, T=config.steps, BLOCK=BLOCK,
-        TILES=config.tiles, WARPS=config.warps, ALIGN=alignment(x.align, *dy.stride()[:-1]), SOFTPLUS=delta_softplus,
+        du=du, ddelta=ddelta, dA=dA, dB=partial_B, dC=partial_C, dD=dD, dz=dz, dbias=dbias, dinitial=dinitial,
+        span=plan.span, num_spans=plan.num_spans, N=num_states, NP=config.states, T=config.steps, BLOCK=config.block,
+        TILES=config.tiles, WARPS=config.warps, ALIGN=alignment(x.align, *dy.stride()[:-1]),
+        OFFSET=x.offset if _offset(length, dy.stride(1)) is tl.int32 else tl.int64, SOFTPLUS=delta_softplus,
         LOOP_PATHS=plan.loop_paths, ADD_DU=add_du, ADD_DZ=add_dz,
     )  # fmt: skip
     if plan.programs > 0:
         with on_device(u):
             if plan.num_spans > 1:
-                dlast = _link(plan, _span_backward_kernel, given, dlast, x, config, reverse=True)
+                dlast = _link(plan, _kernels(config).span_backward, given, dlast, x, config, reverse=True)
                 given |= dict(dlast=dlast, **_names("h", dlast, "bskn"))
-            _launch(_scan_backward_kernel, (plan.programs,), given, config.warps, config.registers)
+            _launch(_kernels(config).backward, (plan.programs,), given, config.warps, config.registers)
+            sizes = dict(size=partial_B[0].numel(), blocks=len(partial_B), BLOCK=512)
+            grads = dict(partial_B=partial_B, partial_C=partial_C, dB=dB, dC=dC)
+            _launch(_add_blocks_kernel, (triton.cdiv(sizes["size"], sizes["BLOCK"]),), grads | sizes, 4)
 
     def summed(grad: Tensor, like: Tensor) -> Tensor:
         return (_merged(grad).unsqueeze(2) if grad.shape[2] > like.shape[2] else grad).to(like.dtype)
 
-    def first_axis(grad: Tensor) -> Tensor:
-        return grad[0] if grad.shape[0] == 1 else grad.sum(0)
-
     return (
         summed(du, u),
         ddelta,
-        dA.sum((0, 1)).transpose(1, 2).contiguous().to(A.dtype),
-        first_axis(dB).to(B.dtype),
-        first_axis(dC).to(C.dtype),
+        dA.sum((0, 1)).transpose(1, 2).to(A.dtype),
+        dB,
+        dC,
         dD.sum((0, 1)).to(D.dtype) if dD is not None else None,
         summed(dz, z) if dz is not None else None,
         dbias.sum((0, 1)).to(delta_bias.dtype) if dbias is not None else None,

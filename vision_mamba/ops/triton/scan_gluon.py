@@ -1,0 +1,669 @@
+"""The selective scan for NVIDIA GPUs in Gluon, Triton's lower level, where the layout of every tile is ours to choose.
+
+Arguments and mathematics are those of the portable kernels in ``selective_scan.py``. One warp walks one path of one
+image for a block of channels. Its lanes stand in a rectangle, 8 along the channels and 4 along the states, so a lane
+has N / 4 states of 4 channels (of 2, in a block of 16). Sums over states and sums over channels then both start inside
+a lane, and the lanes exchange through shared memory a quarter of a tile where they would exchange all of it. A warp
+alone needs no barriers between warps, at which the portable backward pass spends most of its time.
+
+Axes of a tile: T steps, QC channels of a lane, NH states of a lane, NX = 4 lanes along the states, LC = 8 along the
+channels. Channel ``lane * QC + q`` of the block, state ``lane * NH + nh``: both contiguous in a lane, so that shared
+memory is read in wide words.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from . import runtime
+
+LOG2E = gl.constexpr(runtime.LOG2E.value)
+NX = gl.constexpr(4)
+LC = gl.constexpr(8)
+
+_load_rows = gluon.jit(runtime.load_rows.fn)
+_store_rows = gluon.jit(runtime.store_rows.fn)
+_visited = gluon.jit(runtime.visited.fn)
+_sigmoid = gluon.jit(runtime.sigmoid.fn)
+_log1p_below_one = gluon.jit(runtime.log1p_below_one.fn)
+
+
+def _jit(kernel):
+    """Not specialised on what varies with the length: each divisibility would be one more compilation."""
+    arguments = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+    return gluon.jit(kernel, do_not_specialize=[name for name in runtime.VARYING if name in arguments])
+
+
+@gluon.constexpr_function
+def _tile_layout(T, QC, NH):
+    """[T, QC, NH, NX, LC]"""
+    return gl.BlockedLayout([T, QC, NH, 1, 1], [1, 1, 1, 4, 8], [1, 1, 1, 1, 1], [4, 3, 2, 1, 0])
+
+
+@gluon.constexpr_function
+def _channels_layout(T, QC):
+    """[T, channels] as in memory: wide words, every number in one lane."""
+    rows = min(T, 4)
+    return gl.BlockedLayout([1, QC * rows // 4], [rows, 32 // rows], [1, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _states_layout(T, NP):
+    """[T, N] as in memory."""
+    return gl.BlockedLayout([1, T * NP // 32], [T, 32 // T], [1, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _stacked(layout, count):
+    """[count, *] of such rows, a lane holding all ``count`` of a number."""
+    return gl.BlockedLayout([count, *layout.size_per_thread], [1, *layout.threads_per_warp], [1, 1, 1], [2, 1, 0])
+
+
+@gluon.jit
+def _step(tile, index, step: gl.constexpr):
+    """tile[step] along the first axis, which lies in a lane: exact, and free."""
+    # A sum of integers, not of floats: the compiler may drop the zeros it adds.
+    bits = gl.where(index == step, tile.to(gl.int32, bitcast=True), 0)
+    return gl.sum(bits, axis=0, keep_dims=True).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _locate(num_paths, groups, per_group, num_spans, LOOP_PATHS: gl.constexpr, BLOCK: gl.constexpr):
+    """image, span, first path, group, block within the group"""
+    pid = gl.program_id(0)
+    blocks = (per_group + BLOCK - 1) // BLOCK
+    block = pid % blocks
+    pid = pid // blocks
+    group = pid % groups
+    pid = pid // groups
+    k = 0
+    if not LOOP_PATHS:
+        k = pid % num_paths
+        pid = pid // num_paths
+    return (pid // num_spans).to(gl.int64), pid % num_spans, k, group, block
+
+
+@gluon.jit
+def _lanes(QC: gl.constexpr, NH: gl.constexpr, D5: gl.constexpr):
+    """The state and the channel (within the block) of the places of [1, QC, NH, NX, LC]."""
+    D4: gl.constexpr = gl.SliceLayout(0, D5)
+    q = gl.arange(0, QC, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, D4))))[:, None, None, None]
+    nh = gl.arange(0, NH, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, D4))))[None, :, None, None]
+    nx = gl.arange(0, NX, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, D4))))[None, None, :, None]
+    lc = gl.arange(0, LC, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, D4))))[None, None, None, :]
+    return (nx * NH + nh)[None, :, :, :, :], (lc * QC + q)[None, :, :, :, :]
+
+
+@gluon.jit
+def _put(shared, tile):
+    """[T, columns] into shared memory, where the columns are two axes."""
+    shared.store(gl.reshape(tile, shared.shape))
+
+
+@gluon.jit
+def _channels_of(shared, step: gl.constexpr, D5: gl.constexpr):
+    """Row ``step`` of shared memory [T, LC, QC] as [1, QC, 1, 1, LC]."""
+    x = shared.slice(step, 1, 0).permute((0, 2, 1)).load(gl.SliceLayout(2, gl.SliceLayout(3, D5)))
+    return x[:, :, None, None, :]
+
+
+@gluon.jit
+def _states_of(shared, step: gl.constexpr, D5: gl.constexpr):
+    """Row ``step`` of shared memory [T, NX, NH] as [1, 1, NH, NX, 1]."""
+    x = shared.slice(step, 1, 0).permute((0, 2, 1)).load(gl.SliceLayout(1, gl.SliceLayout(4, D5)))
+    return x[:, None, :, :, None]
+
+
+@gluon.jit
+def _put_over_states(shared, step: gl.constexpr, x):
+    """A lane's sum of [1, QC, NH, NX, LC] over its states, into row ``step`` of shared memory [T, NX, LC * QC]."""
+    x = gl.permute(gl.sum(x, axis=2), (0, 2, 3, 1))
+    shared.slice(step, 1, 0).store(gl.reshape(x, (1, x.shape[1], x.shape[2] * x.shape[3])))
+
+
+@gluon.jit
+def _put_over_channels(shared, step: gl.constexpr, x):
+    """A lane's sum of [1, QC, NH, NX, LC] over its channels, into row ``step`` of shared memory [T, LC, NX * NH]."""
+    x = gl.permute(gl.sum(x, axis=1), (0, 3, 2, 1))
+    shared.slice(step, 1, 0).store(gl.reshape(x, (1, x.shape[1], x.shape[2] * x.shape[3])))
+
+
+@gluon.jit
+def _add_lanes(shared, count: gl.constexpr, layout: gl.constexpr):
+    """Sum of shared memory [T, count, columns] over the lanes that wrote it, [T, columns]."""
+    x = gl.sum(shared.permute((1, 0, 2)).load(_stacked(layout, count)), axis=0)
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@_jit
+def scan_forward_kernel(
+    u, delta, A, B, C, D, z, bias, paths, initial, y, last_state, states, change, total,
+    length, num_paths, groups, per_group, span, num_spans, saves,
+    u_b, u_l, u_k, delta_b, delta_l, delta_k, z_b, z_l, z_k, y_b, y_l, y_k,
+    B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, A_k, A_d, A_n, D_k, bias_k, paths_k, h_b, h_s, h_k, h_n, border_n,
+    N: gl.constexpr, NP: gl.constexpr, T: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
+    ALIGN: gl.constexpr, STATE_ALIGN: gl.constexpr, OFFSET: gl.constexpr, SOFTPLUS: gl.constexpr,
+    LOOP_PATHS: gl.constexpr,
+):  # fmt: skip
+    """The scan; without ``y``, what each span does to the state: change [.., N, D] from zero, sum of steps [.., D]."""
+    NH: gl.constexpr = NP // NX
+    QC: gl.constexpr = BLOCK // LC
+    D5: gl.constexpr = _tile_layout(1, QC, NH)
+    E2: gl.constexpr = _channels_layout(T, QC)
+    S2: gl.constexpr = _states_layout(T, NP)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    rows = gl.allocate_shared_memory(gl.float32, [2, T, LC, QC], FLAT)
+    pair = gl.allocate_shared_memory(gl.float32, [2, T, NX, NH], FLAT)
+    part = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
+
+    image, span_index, k0, group, block = _locate(num_paths, groups, per_group, num_spans, LOOP_PATHS, BLOCK)
+    dim = groups * per_group
+    first_c = group * per_group + block * BLOCK
+    inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, E2))
+    c = group * per_group + inside
+    c_ok = inside < per_group
+    n = gl.arange(0, NP, gl.SliceLayout(0, S2))
+    n_ok = n < N
+    step_e = gl.arange(0, T, gl.SliceLayout(1, E2))
+    step_s = gl.arange(0, T, gl.SliceLayout(1, S2))
+    state, channel = _lanes(QC, NH, D5)
+    nc_ok = (state < N) & (block * BLOCK + channel < per_group)
+    state_at = state.to(gl.int64) * border_n + (first_c + channel)
+
+    num_chunks = (length + CHUNK - 1) // CHUNK
+    start = span_index * span
+    end = gl.minimum(start + span, length)
+    u_l = (u_l // ALIGN).to(OFFSET) * ALIGN
+    delta_l = (delta_l // ALIGN).to(OFFSET) * ALIGN
+    z_l = (z_l // ALIGN).to(OFFSET) * ALIGN
+    y_l = (y_l // ALIGN).to(OFFSET) * ALIGN
+    B_l = (B_l // STATE_ALIGN).to(OFFSET) * STATE_ALIGN
+    C_l = (C_l // STATE_ALIGN).to(OFFSET) * STATE_ALIGN
+
+    paths_here = 1
+    if LOOP_PATHS:
+        paths_here = num_paths
+    for k in range(k0, k0 + paths_here):
+        k_wide = gl.cast(k, gl.int64)
+        u_rows = u + gl.multiple_of(image * u_b + k_wide * u_k, ALIGN)
+        delta_rows = delta + gl.multiple_of(image * delta_b + k_wide * delta_k, ALIGN)
+        B_rows = B + gl.multiple_of(image * B_b + k_wide * B_k + group.to(gl.int64) * B_g, STATE_ALIGN)
+        if y is not None:
+            y_rows = y + gl.multiple_of(image * y_b + k_wide * y_k, ALIGN)
+            C_rows = C + gl.multiple_of(image * C_b + k_wide * C_k + group.to(gl.int64) * C_g, STATE_ALIGN)
+            if z is not None:
+                z_rows = z + gl.multiple_of(image * z_b + k_wide * z_k, ALIGN)
+        path = paths + k_wide * paths_k
+
+        a_at = k_wide * A_k + (first_c + channel).to(gl.int64) * A_d + state.to(gl.int64) * A_n
+        a2 = gl.load(A + a_at, mask=nc_ok, other=0.0).to(gl.float32) * LOG2E
+        d = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(0, E2))
+        if D is not None:
+            d = gl.load(D + k_wide * D_k + c, mask=c_ok, other=0.0).to(gl.float32)
+        shift = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(0, E2))
+        if bias is not None:
+            shift = gl.load(bias + k_wide * bias_k + c, mask=c_ok, other=0.0).to(gl.float32)
+        h = gl.zeros([1, QC, NH, NX, LC], gl.float32, D5)
+        if initial is not None:
+            h_at = image * h_b + span_index.to(gl.int64) * h_s + k_wide * h_k
+            h = gl.load(initial + h_at + state.to(gl.int64) * h_n + (first_c + channel), mask=nc_ok, other=0.0)
+        dt_sum = gl.zeros([T, BLOCK], gl.float32, E2)
+
+        # One tile ahead in the rows, two in the path: no load waits for another one.
+        token_e = _visited(path, start + step_e, end, length)
+        token_s = _visited(path, start + step_s, end, length)
+        delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
+        u_next = _load_rows(u_rows, token_e, u_l, c, c_ok)
+        b_next = _load_rows(B_rows, token_s, B_l, n, n_ok)
+        if y is not None:
+            c_next = _load_rows(C_rows, token_s, C_l, n, n_ok)
+            if z is not None:
+                z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
+        token_e_next = _visited(path, start + T + step_e, end, length)
+        token_s_next = _visited(path, start + T + step_s, end, length)
+        for t0 in range(start, end, T):
+            token = token_e
+            dt = delta_next.to(gl.float32) + shift[None, :]
+            uf = u_next.to(gl.float32)
+            bf = b_next.to(gl.float32)
+            if y is not None:
+                cf = c_next.to(gl.float32)
+                if z is not None:
+                    zf = z_next.to(gl.float32)
+            token_e = token_e_next
+            token_s = token_s_next
+            delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
+            u_next = _load_rows(u_rows, token_e, u_l, c, c_ok)
+            b_next = _load_rows(B_rows, token_s, B_l, n, n_ok)
+            if y is not None:
+                c_next = _load_rows(C_rows, token_s, C_l, n, n_ok)
+                if z is not None:
+                    z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
+            token_e_next = _visited(path, t0 + 2 * T + step_e, end, length)
+            token_s_next = _visited(path, t0 + 2 * T + step_s, end, length)
+            if LOOP_PATHS:  # the sum over the paths that were walked before
+                y_before = _load_rows(y_rows, gl.where(k > 0, token, -1), y_l, c, c_ok)
+
+            if SOFTPLUS:
+                dt = gl.maximum(dt, 0.0) + _log1p_below_one(gl.exp2(gl.abs(dt) * -LOG2E))
+            dt = gl.where((t0 + step_e < end)[:, None], dt, 0.0)
+            _put(rows.index(0), dt)
+            _put(rows.index(1), dt * uf)
+            _put(pair.index(0), bf)
+            if y is not None:
+                _put(pair.index(1), cf)
+                if (saves != 0) & (t0 % CHUNK == 0):
+                    border = states + ((image * num_chunks + t0 // CHUNK) * num_paths + k) * N * border_n
+                    gl.store(border + state_at, h, mask=nc_ok)
+            else:
+                dt_sum += dt
+            # A step's numbers are read before the last one's sums are written, which they would otherwise wait for.
+            dt_next = _channels_of(rows.index(0), 0, D5)
+            dtu_next = _channels_of(rows.index(1), 0, D5)
+            bs_next = _states_of(pair.index(0), 0, D5)
+            if y is not None:
+                cs_next = _states_of(pair.index(1), 0, D5)
+            for r in gl.static_range(T):
+                decay = gl.exp2(dt_next * a2)
+                x = dtu_next * bs_next
+                if y is not None:
+                    c_r = cs_next
+                if r + 1 < T:
+                    dt_next = _channels_of(rows.index(0), r + 1, D5)
+                    dtu_next = _channels_of(rows.index(1), r + 1, D5)
+                    bs_next = _states_of(pair.index(0), r + 1, D5)
+                    if y is not None:
+                        cs_next = _states_of(pair.index(1), r + 1, D5)
+                h = decay * h + x
+                if y is not None:
+                    _put_over_states(part, r, h * c_r)
+            if y is not None:
+                out = _add_lanes(part, NX, E2) + d[None, :] * uf
+                if z is not None:
+                    out = out * zf * _sigmoid(zf)
+                if LOOP_PATHS:
+                    out = out + y_before.to(gl.float32)
+                _store_rows(y_rows, token, y_l, c, c_ok, out)
+
+        if y is not None:
+            if span_index == num_spans - 1:
+                last = (image * num_paths + k) * N * dim + (first_c + channel).to(gl.int64) * N + state
+                gl.store(last_state + last, h, mask=nc_ok)
+        else:
+            at = ((image * num_spans + span_index) * num_paths + k) * border_n
+            gl.store(total + at + c, gl.sum(dt_sum, axis=0), mask=c_ok)
+            gl.store(change + at * N + state_at, h, mask=nc_ok)
+
+
+@_jit
+def scan_backward_kernel(
+    u, delta, A, B, C, D, z, bias, paths, states, dy, dlast,
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial,
+    batch, length, num_paths, groups, per_group, span, num_spans,
+    u_b, u_l, u_k, delta_b, delta_l, delta_k, z_b, z_l, z_k, dy_b, dy_l, dy_k, du_b, du_l, du_k, dz_b, dz_l, dz_k,
+    B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, A_k, A_d, A_n, D_k, bias_k, paths_k, h_b, h_s, h_k, h_n, border_n,
+    N: gl.constexpr, NP: gl.constexpr, T: gl.constexpr, BLOCK: gl.constexpr, TILES: gl.constexpr,
+    ALIGN: gl.constexpr, STATE_ALIGN: gl.constexpr, OFFSET: gl.constexpr, SOFTPLUS: gl.constexpr,
+    LOOP_PATHS: gl.constexpr, ADD_DU: gl.constexpr, ADD_DZ: gl.constexpr,
+):  # fmt: skip
+    """Chunks of TILES tiles from the last to the first; a chunk's states are found again from its border."""
+    NH: gl.constexpr = NP // NX
+    QC: gl.constexpr = BLOCK // LC
+    D5: gl.constexpr = _tile_layout(1, QC, NH)
+    E2: gl.constexpr = _channels_layout(T, QC)
+    S2: gl.constexpr = _states_layout(T, NP)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    HALF: gl.constexpr = T // 2
+    CHUNK: gl.constexpr = T * TILES
+    H5: gl.constexpr = _tile_layout(HALF, QC, NH)
+    FLAT5: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
+    # Lanes that stand along the channels write 16 bytes each, to different banks.
+    MIXED: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0])
+    borders = gl.allocate_shared_memory(gl.float32, [2 * TILES - 1, 1, QC, NX, LC, NH], FLAT5)
+    rows = gl.allocate_shared_memory(gl.float32, [3, T, LC, QC], FLAT)
+    pair = gl.allocate_shared_memory(gl.float32, [2, T, NX, NH], FLAT)
+    part_y = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
+    part_u = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
+    part_a = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
+    part_b = gl.allocate_shared_memory(gl.float32, [T, LC, NP], MIXED)
+    part_c = gl.allocate_shared_memory(gl.float32, [T, LC, NP], MIXED)
+
+    image, span_index, k0, group, block = _locate(num_paths, groups, per_group, num_spans, LOOP_PATHS, BLOCK)
+    dim = groups * per_group
+    first_c = group * per_group + block * BLOCK
+    inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, E2))
+    c = group * per_group + inside
+    c_ok = inside < per_group
+    n = gl.arange(0, NP, gl.SliceLayout(0, S2))
+    n_ok = n < N
+    step_e = gl.arange(0, T, gl.SliceLayout(1, E2))
+    step_s = gl.arange(0, T, gl.SliceLayout(1, S2))
+    state, channel = _lanes(QC, NH, D5)
+    nc_ok = (state < N) & (block * BLOCK + channel < per_group)
+    state_at = state.to(gl.int64) * border_n + (first_c + channel)
+    index = gl.arange(0, HALF, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, H5)))))
+    index = index[:, None, None, None, None]
+
+    num_chunks = (length + CHUNK - 1) // CHUNK
+    start = span_index * span
+    end = gl.minimum(start + span, length)
+    u_l = (u_l // ALIGN).to(OFFSET) * ALIGN
+    delta_l = (delta_l // ALIGN).to(OFFSET) * ALIGN
+    z_l = (z_l // ALIGN).to(OFFSET) * ALIGN
+    dy_l = (dy_l // ALIGN).to(OFFSET) * ALIGN
+    du_l = (du_l // ALIGN).to(OFFSET) * ALIGN
+    dz_l = (dz_l // ALIGN).to(OFFSET) * ALIGN
+    ddelta_l = ((dim * num_paths) // ALIGN).to(OFFSET) * ALIGN
+    B_l = (B_l // STATE_ALIGN).to(OFFSET) * STATE_ALIGN
+    C_l = (C_l // STATE_ALIGN).to(OFFSET) * STATE_ALIGN
+    dB_l = (num_paths * groups).to(OFFSET) * N
+
+    paths_here = 1
+    if LOOP_PATHS:
+        paths_here = num_paths
+    for k in range(k0, k0 + paths_here):
+        k_wide = gl.cast(k, gl.int64)
+        u_rows = u + gl.multiple_of(image * u_b + k_wide * u_k, ALIGN)
+        delta_rows = delta + gl.multiple_of(image * delta_b + k_wide * delta_k, ALIGN)
+        dy_rows = dy + gl.multiple_of(image * dy_b + k_wide * dy_k, ALIGN)
+        du_rows = du + gl.multiple_of(image * du_b + k_wide * du_k, ALIGN)
+        ddelta_rows = ddelta + gl.multiple_of(image * length * (dim * num_paths) + k_wide * dim, ALIGN)
+        if z is not None:
+            z_rows = z + gl.multiple_of(image * z_b + k_wide * z_k, ALIGN)
+            dz_rows = dz + gl.multiple_of(image * dz_b + k_wide * dz_k, ALIGN)
+        B_rows = B + gl.multiple_of(image * B_b + k_wide * B_k + group.to(gl.int64) * B_g, STATE_ALIGN)
+        C_rows = C + gl.multiple_of(image * C_b + k_wide * C_k + group.to(gl.int64) * C_g, STATE_ALIGN)
+        partial = (block.to(gl.int64) * batch + image) * length * dB_l + (k * groups + group) * N
+        path = paths + k_wide * paths_k
+
+        a_at = k_wide * A_k + (first_c + channel).to(gl.int64) * A_d + state.to(gl.int64) * A_n
+        a2 = gl.load(A + a_at, mask=nc_ok, other=0.0).to(gl.float32) * LOG2E
+        d = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(0, E2))
+        if D is not None:
+            d = gl.load(D + k_wide * D_k + c, mask=c_ok, other=0.0).to(gl.float32)
+        shift = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(0, E2))
+        if bias is not None:
+            shift = gl.load(bias + k_wide * bias_k + c, mask=c_ok, other=0.0).to(gl.float32)
+        g = gl.zeros([1, QC, NH, NX, LC], gl.float32, D5)
+        if dlast is not None:
+            h_at = image * h_b + span_index.to(gl.int64) * h_s + k_wide * h_k
+            g = gl.load(dlast + h_at + state.to(gl.int64) * h_n + (first_c + channel), mask=nc_ok, other=0.0)
+        da = gl.zeros([1, QC, NH, NX, LC], gl.float32, D5)
+        dd = gl.zeros([T, BLOCK], gl.float32, E2)
+        dshift = gl.zeros([T, BLOCK], gl.float32, E2)
+
+        first_chunk = start // CHUNK
+        chunks_here = (end - start + CHUNK - 1) // CHUNK
+        token_e = _visited(path, (first_chunk + chunks_here - 1) * CHUNK + step_e, end, length)
+        token_s = _visited(path, (first_chunk + chunks_here - 1) * CHUNK + step_s, end, length)
+        for i in range(chunks_here):
+            chunk = first_chunk + chunks_here - 1 - i
+            t_chunk = chunk * CHUNK
+            tiles = gl.minimum((end - t_chunk + T - 1) // T, TILES)
+            t_last = t_chunk + (tiles - 1) * T
+            # The first loads of both sweeps at once, and the first of the path for the chunk that comes next.
+            border = states + ((image * num_chunks + chunk) * num_paths + k) * N * border_n
+            h = gl.load(border + state_at, mask=nc_ok, other=0.0).to(gl.float32)
+            delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
+            u_next = _load_rows(u_rows, token_e, u_l, c, c_ok)
+            b_next = _load_rows(B_rows, token_s, B_l, n, n_ok)
+            last_e = _visited(path, t_last + step_e, end, length)
+            last_s = _visited(path, t_last + step_s, end, length)
+            token_e = _visited(path, t_chunk + T + step_e, end, length)
+            token_s = _visited(path, t_chunk + T + step_s, end, length)
+            delta_last = _load_rows(delta_rows, last_e, delta_l, c, c_ok)
+            u_last = _load_rows(u_rows, last_e, u_l, c, c_ok)
+            dy_next = _load_rows(dy_rows, last_e, dy_l, c, c_ok)
+            if z is not None:
+                z_next = _load_rows(z_rows, last_e, z_l, c, c_ok)
+            b_last = _load_rows(B_rows, last_s, B_l, n, n_ok)
+            c_next = _load_rows(C_rows, last_s, C_l, n, n_ok)
+            token_e_next = _visited(path, gl.where(tiles > 1, t_last - T, -T) + step_e, end, length)
+            token_s_next = _visited(path, gl.where(tiles > 1, t_last - T, -T) + step_s, end, length)
+
+            # The states before each half tile.
+            borders.index(0).store(gl.permute(h, (0, 1, 3, 4, 2)))
+            for s in range(tiles):
+                if s > 0:
+                    borders.index(2 * s).store(gl.permute(h, (0, 1, 3, 4, 2)))
+                dt = delta_next.to(gl.float32) + shift[None, :]
+                uf = u_next.to(gl.float32)
+                bf = b_next.to(gl.float32)
+                delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
+                u_next = _load_rows(u_rows, token_e, u_l, c, c_ok)
+                b_next = _load_rows(B_rows, token_s, B_l, n, n_ok)
+                token_e = _visited(path, t_chunk + (s + 2) * T + step_e, end, length)
+                token_s = _visited(path, t_chunk + (s + 2) * T + step_s, end, length)
+                if SOFTPLUS:
+                    dt = gl.maximum(dt, 0.0) + _log1p_below_one(gl.exp2(gl.abs(dt) * -LOG2E))
+                _put(rows.index(0), dt)
+                _put(rows.index(1), dt * uf)
+                _put(pair.index(0), bf)
+                for r in gl.static_range(HALF):
+                    decay = gl.exp2(_channels_of(rows.index(0), r, D5) * a2)
+                    h = decay * h + _channels_of(rows.index(1), r, D5) * _states_of(pair.index(0), r, D5)
+                if s + 1 < tiles:  # the last half tile finds its border in h
+                    borders.index(2 * s + 1).store(gl.permute(h, (0, 1, 3, 4, 2)))
+                    for r in gl.static_range(HALF, T):
+                        decay = gl.exp2(_channels_of(rows.index(0), r, D5) * a2)
+                        h = decay * h + _channels_of(rows.index(1), r, D5) * _states_of(pair.index(0), r, D5)
+
+            delta_next = delta_last
+            u_next = u_last
+            b_next = b_last
+            token = last_e
+            token_n = last_s
+            token_e = _visited(path, gl.where(i + 1 < chunks_here, t_chunk - CHUNK, -T) + step_e, end, length)
+            token_s = _visited(path, gl.where(i + 1 < chunks_here, t_chunk - CHUNK, -T) + step_s, end, length)
+            for j in range(tiles):
+                s = tiles - 1 - j
+                position = t_chunk + s * T + step_e
+                dt = delta_next.to(gl.float32) + shift[None, :]
+                u_tile = u_next
+                uf = u_tile.to(gl.float32)
+                dout = dy_next.to(gl.float32)
+                if z is not None:
+                    zf = z_next.to(gl.float32)
+                bf = b_next.to(gl.float32)
+                cf = c_next.to(gl.float32)
+                delta_next = _load_rows(delta_rows, token_e_next, delta_l, c, c_ok)
+                u_next = _load_rows(u_rows, token_e_next, u_l, c, c_ok)
+                dy_next = _load_rows(dy_rows, token_e_next, dy_l, c, c_ok)
+                if z is not None:
+                    z_next = _load_rows(z_rows, token_e_next, z_l, c, c_ok)
+                b_next = _load_rows(B_rows, token_s_next, B_l, n, n_ok)
+                c_next = _load_rows(C_rows, token_s_next, C_l, n, n_ok)
+                if ADD_DU:
+                    du_before = _load_rows(du_rows, gl.where(k > 0, token, -1), du_l, c, c_ok)
+                if ADD_DZ:
+                    dz_before = _load_rows(dz_rows, gl.where(k > 0, token, -1), dz_l, c, c_ok)
+
+                exists = (position < end)[:, None]
+                if SOFTPLUS:
+                    e = gl.exp2(gl.abs(dt) * -LOG2E)
+                    r_e = gl.rsqrt(1.0 + e)
+                    slope = gl.where(exists, gl.where(dt > 0, 1.0, e) * r_e * r_e, 0.0)
+                    dt = gl.maximum(dt, 0.0) + _log1p_below_one(e)
+                else:
+                    slope = gl.where(exists, gl.full([T, BLOCK], 1.0, gl.float32, E2), 0.0)
+                dt = gl.where(exists, dt, 0.0)
+                if z is not None:
+                    sig = _sigmoid(zf)
+                    dgate = dout * sig * (1.0 + zf * (1.0 - sig))
+                    dout = dout * zf * sig
+                _put(rows.index(0), dt)
+                _put(rows.index(1), dt * uf)
+                _put(rows.index(2), dout)
+                _put(pair.index(0), bf)
+                _put(pair.index(1), cf)
+                for half in gl.static_range(1, -1, -1):
+                    if half == 0 or j > 0:
+                        h = borders.index(2 * s + half).permute((0, 1, 4, 2, 3)).load(D5)
+                    before = gl.zeros([HALF, QC, NH, NX, LC], gl.float32, H5)
+                    decays = gl.zeros([HALF, QC, NH, NX, LC], gl.float32, H5)
+                    # A step's numbers are read before the last one's sums are written, which they would wait for.
+                    dt_r = _channels_of(rows.index(0), half * HALF, D5)
+                    dtu_r = _channels_of(rows.index(1), half * HALF, D5)
+                    dout_r = _channels_of(rows.index(2), half * HALF, D5)
+                    b_r = _states_of(pair.index(0), half * HALF, D5)
+                    c_r = _states_of(pair.index(1), half * HALF, D5)
+                    for r in gl.static_range(HALF):
+                        decay = gl.exp2(dt_r * a2)
+                        before = gl.where(index == r, gl.convert_layout(h, H5, assert_trivial=True), before)
+                        decays = gl.where(index == r, gl.convert_layout(decay, H5, assert_trivial=True), decays)
+                        h = decay * h + dtu_r * b_r
+                        y_r = h * c_r
+                        c_part = h * dout_r
+                        if r + 1 < HALF:
+                            dt_r = _channels_of(rows.index(0), half * HALF + r + 1, D5)
+                            dtu_r = _channels_of(rows.index(1), half * HALF + r + 1, D5)
+                            dout_r = _channels_of(rows.index(2), half * HALF + r + 1, D5)
+                            b_r = _states_of(pair.index(0), half * HALF + r + 1, D5)
+                            c_r = _states_of(pair.index(1), half * HALF + r + 1, D5)
+                        if z is not None:
+                            _put_over_states(part_y, half * HALF + r, y_r)
+                        _put_over_channels(part_c, half * HALF + r, c_part)
+                    for r in gl.static_range(HALF - 1, -1, -1):
+                        g = dout_r * c_r + g
+                        b_part = g * dtu_r
+                        u_r = g * b_r
+                        g = g * gl.convert_layout(_step(decays, index, r), D5, assert_trivial=True)
+                        power = g * gl.convert_layout(_step(before, index, r), D5, assert_trivial=True)
+                        da += power * dt_r  # power: the gradient of delta * A
+                        if r > 0:
+                            dt_r = _channels_of(rows.index(0), half * HALF + r - 1, D5)
+                            dtu_r = _channels_of(rows.index(1), half * HALF + r - 1, D5)
+                            dout_r = _channels_of(rows.index(2), half * HALF + r - 1, D5)
+                            b_r = _states_of(pair.index(0), half * HALF + r - 1, D5)
+                            c_r = _states_of(pair.index(1), half * HALF + r - 1, D5)
+                        _put_over_channels(part_b, half * HALF + r, b_part)
+                        _put_over_states(part_u, half * HALF + r, u_r)
+                        _put_over_states(part_a, half * HALF + r, power * a2)
+
+                # What can be had again is not kept in registers meanwhile.
+                uf = u_tile.to(gl.float32)
+                dt = rows.index(0).reshape((T, BLOCK)).load(E2)
+                dout = rows.index(2).reshape((T, BLOCK)).load(E2)
+                if z is not None:
+                    gate = dgate * (_add_lanes(part_y, NX, E2) + d[None, :] * uf)
+                    if ADD_DZ:
+                        gate += dz_before.to(gl.float32)
+                    _store_rows(dz_rows, token, dz_l, c, c_ok, gate)
+                _store_rows(dC + partial, token_n, dB_l, n, n_ok, _add_lanes(part_c, LC, S2))
+                _store_rows(dB + partial, token_n, dB_l, n, n_ok, _add_lanes(part_b, LC, S2))
+                gb = _add_lanes(part_u, NX, E2)
+                ddt = (_add_lanes(part_a, NX, E2) * (1.0 / LOG2E) + gb * uf) * slope
+                dshift += ddt
+                dd += dout * uf
+                grad_u = dt * gb + d[None, :] * dout
+                if ADD_DU:
+                    grad_u += du_before.to(gl.float32)
+                _store_rows(du_rows, token, du_l, c, c_ok, grad_u)
+                _store_rows(ddelta_rows, token, ddelta_l, c, c_ok, ddt)
+                token = token_e_next
+                token_n = token_s_next
+                token_e_next = _visited(path, gl.where(s > 1, t_chunk + (s - 2) * T, -T) + step_e, end, length)
+                token_s_next = _visited(path, gl.where(s > 1, t_chunk + (s - 2) * T, -T) + step_s, end, length)
+
+        at = ((image * num_spans + span_index) * num_paths + k) * border_n
+        gl.store(dA + at * N + state_at, da, mask=nc_ok)
+        if D is not None:
+            gl.store(dD + at + c, gl.sum(dd, axis=0), mask=c_ok)
+        if bias is not None:
+            gl.store(dbias + at + c, gl.sum(dshift, axis=0), mask=c_ok)
+        if dinitial is not None:
+            if span_index == 0:
+                first = (image * num_paths + k) * N * dim + (first_c + channel).to(gl.int64) * N + state
+                gl.store(dinitial + first, g, mask=nc_ok)
+
+
+@_jit
+def span_backward_kernel(
+    delta, A, C, z, bias, paths, dy, change, total,
+    length, num_paths, groups, per_group, span, num_spans,
+    delta_b, delta_l, delta_k, z_b, z_l, z_k, dy_b, dy_l, dy_k, C_b, C_l, C_k, C_g, A_k, A_d, A_n,
+    bias_k, paths_k, border_n,
+    N: gl.constexpr, NP: gl.constexpr, T: gl.constexpr, BLOCK: gl.constexpr,
+    ALIGN: gl.constexpr, STATE_ALIGN: gl.constexpr, OFFSET: gl.constexpr, SOFTPLUS: gl.constexpr,
+):  # fmt: skip
+    """What a span does to the gradient of the state, which runs from the last step to the first."""
+    NH: gl.constexpr = NP // NX
+    QC: gl.constexpr = BLOCK // LC
+    D5: gl.constexpr = _tile_layout(1, QC, NH)
+    E2: gl.constexpr = _channels_layout(T, QC)
+    S2: gl.constexpr = _states_layout(T, NP)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    rows = gl.allocate_shared_memory(gl.float32, [2, T, LC, QC], FLAT)
+    pair = gl.allocate_shared_memory(gl.float32, [1, T, NX, NH], FLAT)
+
+    image, span_index, k, group, block = _locate(num_paths, groups, per_group, num_spans, False, BLOCK)
+    first_c = group * per_group + block * BLOCK
+    inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, E2))
+    c = group * per_group + inside
+    c_ok = inside < per_group
+    n = gl.arange(0, NP, gl.SliceLayout(0, S2))
+    n_ok = n < N
+    step_e = gl.arange(0, T, gl.SliceLayout(1, E2))
+    step_s = gl.arange(0, T, gl.SliceLayout(1, S2))
+    state, channel = _lanes(QC, NH, D5)
+    nc_ok = (state < N) & (block * BLOCK + channel < per_group)
+
+    start = span_index * span
+    end = gl.minimum(start + span, length)
+    delta_l = (delta_l // ALIGN).to(OFFSET) * ALIGN
+    z_l = (z_l // ALIGN).to(OFFSET) * ALIGN
+    dy_l = (dy_l // ALIGN).to(OFFSET) * ALIGN
+    C_l = (C_l // STATE_ALIGN).to(OFFSET) * STATE_ALIGN
+    k_wide = gl.cast(k, gl.int64)
+    delta_rows = delta + gl.multiple_of(image * delta_b + k_wide * delta_k, ALIGN)
+    dy_rows = dy + gl.multiple_of(image * dy_b + k_wide * dy_k, ALIGN)
+    C_rows = C + gl.multiple_of(image * C_b + k_wide * C_k + group.to(gl.int64) * C_g, STATE_ALIGN)
+    if z is not None:
+        z_rows = z + gl.multiple_of(image * z_b + k_wide * z_k, ALIGN)
+    path = paths + k_wide * paths_k
+    a_at = k_wide * A_k + (first_c + channel).to(gl.int64) * A_d + state.to(gl.int64) * A_n
+    a2 = gl.load(A + a_at, mask=nc_ok, other=0.0).to(gl.float32) * LOG2E
+    shift = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(0, E2))
+    if bias is not None:
+        shift = gl.load(bias + k_wide * bias_k + c, mask=c_ok, other=0.0).to(gl.float32)
+    g = gl.zeros([1, QC, NH, NX, LC], gl.float32, D5)
+    dt_sum = gl.zeros([T, BLOCK], gl.float32, E2)
+
+    t_last = start + (end - start - 1) // T * T
+    token_e = _visited(path, t_last + step_e, end, length)
+    token_s = _visited(path, t_last + step_s, end, length)
+    delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
+    dy_next = _load_rows(dy_rows, token_e, dy_l, c, c_ok)
+    c_next = _load_rows(C_rows, token_s, C_l, n, n_ok)
+    if z is not None:
+        z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
+    for back in range(0, t_last - start + T, T):
+        position = t_last - back
+        dt = delta_next.to(gl.float32) + shift[None, :]
+        dout = dy_next.to(gl.float32)
+        cf = c_next.to(gl.float32)
+        if z is not None:
+            zf = z_next.to(gl.float32)
+            dout = dout * zf * _sigmoid(zf)
+        before = gl.where(position > start, position - T, -T)
+        token_e = _visited(path, before + step_e, end, length)
+        token_s = _visited(path, before + step_s, end, length)
+        delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
+        dy_next = _load_rows(dy_rows, token_e, dy_l, c, c_ok)
+        c_next = _load_rows(C_rows, token_s, C_l, n, n_ok)
+        if z is not None:
+            z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
+        if SOFTPLUS:
+            dt = gl.maximum(dt, 0.0) + _log1p_below_one(gl.exp2(gl.abs(dt) * -LOG2E))
+        dt = gl.where((position + step_e < end)[:, None], dt, 0.0)
+        dt_sum += dt
+        _put(rows.index(0), dt)
+        _put(rows.index(1), dout)
+        _put(pair.index(0), cf)
+        for r in gl.static_range(T - 1, -1, -1):
+            decay = gl.exp2(_channels_of(rows.index(0), r, D5) * a2)
+            g = decay * (g + _channels_of(rows.index(1), r, D5) * _states_of(pair.index(0), r, D5))
+    at = ((image * num_spans + span_index) * num_paths + k) * border_n
+    gl.store(total + at + c, gl.sum(dt_sum, axis=0), mask=c_ok)
+    gl.store(change + at * N + state.to(gl.int64) * border_n + (first_c + channel), g, mask=nc_ok)
