@@ -19,11 +19,13 @@ from torch import nn
 
 from vision_mamba.checkpoint import load_checkpoint, read_checkpoint
 from vision_mamba.data import (
+    BatchNormalise,
     EpochLoader,
     ImageSet,
     build_transform,
     check_images,
     create_loader,
+    keep_in_memory,
     open_dataset,
     read_statistics,
 )
@@ -207,10 +209,21 @@ def _kind(images: ImageSet) -> str:
     return "8-bit pictures" if profile is None else f"rasters of {profile.count} {profile.dtype} bands"
 
 
-def check_readable(*sets: ImageSet, num_workers: int = 0) -> None:
-    """Decodes all images, so that a damaged one is found before the run and not hours into it."""
+def read_images(config: Config, *sets: ImageSet, new: bool) -> None:
+    """Keeps the decoded images in memory (`data.cache`), or decodes all once before a new run (`data.check_images`).
+
+    Either way a damaged image is found before the run and not hours into it.
+
+    Raises:
+        UserError: An image cannot be used, or all of them do not fit into memory.
+    """
+    wanted = config.data
     bar = sys.stderr.isatty()
-    bad = [line for images in sets for line in check_images(images, progress=bar, num_workers=num_workers)]
+    bad: list[str] = []
+    if wanted.cache:
+        bad = keep_in_memory(*sets, progress=bar, num_workers=wanted.num_workers)
+    elif wanted.check_images and new:
+        bad = [line for images in sets for line in check_images(images, progress=bar, num_workers=wanted.num_workers)]
     if bad:
         more = f" ({len(bad) - 1} more of {sum(map(len, sets))} images cannot be used either)" if len(bad) > 1 else ""
         raise UserError(bad[0] + more)
@@ -225,7 +238,7 @@ def build_loaders(
     rank: int,
     world_size: int,
 ) -> tuple[EpochLoader, EpochLoader]:
-    """Loaders of augmented training batches and plain validation batches."""
+    """Loaders of augmented training batches and plain validation batches, images being on the device."""
     wanted, augment = config.data, config.augment
     shared = {
         "img_size": data_config["input_size"][1:],
@@ -234,6 +247,7 @@ def build_loaders(
         "std": data_config["std"],
         "interpolation": data_config["interpolation"],
         "raster": data_config["raster"] is not None,
+        "stored": True,
     }
     train_transform = build_transform(
         split="train",
@@ -251,6 +265,7 @@ def build_loaders(
     )
     val_transform = build_transform(split="val", crop_pct=data_config["crop_pct"], **shared)
     processes = {
+        "finish": BatchNormalise(data_config["mean"], data_config["std"], device),
         "num_workers": wanted.num_workers,
         "seed": config.train.seed,
         "distributed": world_size > 1,

@@ -81,6 +81,12 @@ class DataConfig:
         "sets of millions",
         may_change=True,
     )
+    cache: bool = _key(
+        False,
+        "decode the images once and keep them in memory, which all loader processes share; refused where they would "
+        "take too much of what is free",
+        may_change=True,
+    )
     batch_size: int = _key(64, "images per process in one forward pass", low=1)
     eval_batch_size: int | None = _key(None, "the same in evaluation; null: batch_size", low=1, may_change=True)
     num_workers: int = _key(4, "loader processes per training process; 0 loads in line", low=0, may_change=True)

@@ -111,8 +111,8 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
         del saved
         if not (output / checkpoint.BEST).exists():  # the run's last.pth was taken elsewhere alone
             best = {"epoch": 0, "top1": -1.0, "loss": 0.0}
-    elif main and config.data.check_images:
-        build.check_readable(train_set, val_set, num_workers=config.data.num_workers)
+    if main or config.data.cache:
+        build.read_images(config, train_set, val_set, new=new)
 
     # Only now is anything written. All processes have passed the checks when the first one begins.
     barrier()
@@ -177,7 +177,6 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
         group_loss = torch.zeros((), device=device)
         for batch, (images, targets) in enumerate(loader, start=start_batch):
             seed_all(config.train.seed, epoch, batch, rank)
-            images = images.to(device, non_blocking=True)
             targets = targets.to(device, non_blocking=True)
             if config.train.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
