@@ -186,6 +186,12 @@ class TrainConfig:
         low=1,
         may_change=True,
     )
+    save_every: int = _key(
+        1,
+        "epochs between saves of last.pth; the last epoch and one that is the best so far always are",
+        low=1,
+        may_change=True,
+    )
     knn_baseline: bool = _key(False, "print a nearest-neighbour accuracy beside the result", may_change=True)
 
 

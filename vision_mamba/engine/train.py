@@ -11,6 +11,7 @@ import contextlib
 import random
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,9 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
             there is one and starts anew otherwise; a path continues from that checkpoint, which lies in `output`.
 
     Returns:
-        `{"last": metrics, "best": metrics, "best_epoch": int, "knn": accuracy or None}`; metrics as `evaluate` gives.
+        `{"last": metrics, "best": metrics, "best_epoch": int, "knn": accuracy or None, "train_loss": float,
+        "images_per_s": float, "parameters": int}`; metrics as `evaluate` gives. The loss is the last epoch's mean, the
+        speed the median of all epochs; what is logged is None in all processes but the first.
 
     Raises:
         UserError: Something in the configuration or the data is wrong, or the loss stopped being finite.
@@ -249,11 +252,12 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
         if main:
             log.add(row)
             print(epoch_line(row, epochs), flush=True)
-            last = state(epoch + 1, 0, meter)
-            if improved:
-                weights = {k: v for k, v in last.items() if k not in ("optimizer", "scheduler", "scaler", "meter")}
-                checkpoint.save_checkpoint(weights, output / checkpoint.BEST)
-            checkpoint.save_checkpoint(last, output / checkpoint.LAST)
+            if improved or (epoch + 1) % config.train.save_every == 0 or epoch + 1 == epochs:
+                last = state(epoch + 1, 0, meter)
+                if improved:
+                    weights = {k: v for k, v in last.items() if k not in ("optimizer", "scheduler", "scaler", "meter")}
+                    checkpoint.save_checkpoint(weights, output / checkpoint.BEST)
+                checkpoint.save_checkpoint(last, output / checkpoint.LAST)
 
     # The result, measured on the file a user will take.
     network = ema.module if ema is not None else model
@@ -276,7 +280,15 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
             knn = knn_baseline(train_set, val_set)
         print_result(output, epochs, result, best["epoch"], best_result, knn, averaged=ema is not None)
     stop_processes()
-    return {"last": result, "best": best_result, "best_epoch": best["epoch"], "knn": knn}
+    return {
+        "last": result,
+        "best": best_result,
+        "best_epoch": best["epoch"],
+        "knn": knn,
+        "train_loss": log.rows[-1]["train_loss"] if log is not None else None,
+        "images_per_s": median(row["images_per_s"] for row in log.rows) if log is not None else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def seed_all(*key: int) -> None:
