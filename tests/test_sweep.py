@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from vision_mamba.engine import sweep as module
+from vision_mamba.engine.config import config_to_dict
 from vision_mamba.engine.sweep import plan, read_variants, sweep, vary
 from vision_mamba.errors import UserError
 
@@ -215,6 +216,20 @@ def test_mistakes_in_variants_are_found_before_the_first_run(recipe, tmp_path):
     with pytest.raises(UserError, match="variants.yaml cannot be read"):
         read_variants(file)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["aid128_models", "aid128_rsmamba_ablation"])
+def test_the_comparison_at_128_pixels_can_be_built(name, tmp_path):
+    configs = Path(__file__).parents[1] / "configs"
+    variants = read_variants(configs / "variants" / f"{name}.yaml")
+    recipe = configs / "classification" / "aid128_comparison.yaml"
+    runs = plan(recipe, variants, [0, 1, 2], ["data.source=somewhere"], tmp_path / "out")
+    assert len(runs) == 3 * len(variants)
+    # They differ in the model alone: one recipe for all.
+    trees = [{**config_to_dict(run.config), "model": None} for run in runs[: len(variants)]]
+    assert all(tree == trees[0] for tree in trees)
+    models = [{**config_to_dict(run.config)["model"], "name": None, "kwargs": None} for run in runs]
+    assert all(model == models[0] for model in models)
 
 
 def test_not_under_torchrun(recipe, tmp_path, monkeypatch):
