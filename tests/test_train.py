@@ -215,6 +215,7 @@ def test_resume_refuses_another_run(settings, tmp_path):
         ("model.freeze=['*']", "leaves nothing to train"),
         ("model.checkpoint=nowhere.pth", r"nowhere\.pth"),
         ("optimizer.name=adamx", r"unknown optimizer\.name 'adamx'"),
+        ("optimizer={name: grouped_muon, layer_decay: 0.7}", r"layer_decay does not go with grouped_muon"),
         ("augment.auto_augment=rond-m9", "auto_augment"),
         ("data.source=nowhere", "nowhere"),
         ("data.batch_size=64", "batch_size"),

@@ -29,6 +29,7 @@ from vision_mamba.data import (
     open_dataset,
     read_statistics,
 )
+from vision_mamba.engine import muon
 from vision_mamba.engine.checkpoint import FORMAT
 from vision_mamba.engine.config import Config
 from vision_mamba.errors import UserError, nearest
@@ -312,12 +313,18 @@ def build_loss(config: Config, num_classes: int) -> tuple[Mixup | None, nn.Modul
 
 
 def build_optimizer(config: Config, model: nn.Module, images_per_step: int) -> torch.optim.Optimizer:
-    """timm's optimiser over timm's parameter groups; `images_per_step` counts all processes."""
+    """The optimiser over timm's parameter groups; `images_per_step` counts all processes."""
     wanted = config.optimizer
-    if wanted.name not in list_optimizers():
-        raise UserError(f"unknown optimizer.name '{wanted.name}'{nearest(wanted.name, list_optimizers())}")
+    known = [muon.NAME, *list_optimizers()]
+    if wanted.name not in known:
+        raise UserError(f"unknown optimizer.name '{wanted.name}'{nearest(wanted.name, known)}")
     scale = images_per_step / wanted.lr_base_batch if wanted.lr_base_batch else 1.0
     betas = {"betas": tuple(wanted.betas)} if wanted.betas else {}
+    if wanted.name == muon.NAME:
+        if wanted.layer_decay is not None:
+            raise UserError(f"optimizer.layer_decay does not go with {muon.NAME}: its steps have one size; unset it")
+        groups = muon.parameter_groups(model, wanted.weight_decay)
+        return muon.GroupedMuon(groups, wanted.lr * scale, momentum=wanted.momentum, **betas)
     try:
         return create_optimizer_v2(
             model,
