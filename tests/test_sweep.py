@@ -139,7 +139,9 @@ def test_several_at_once_are_the_same_runs(recipe, tmp_path, capfd):
 
     broken = {**variants, "broken": ["optimizer.lr=1e30", "schedule.epochs=2"]}
     runs = plan(recipe, broken, [0], overrides, tmp_path / "two")
-    with pytest.raises(UserError, match=r"1 of 3 runs failed; broken-seed0: training stopped at .*loss nan"):
+    with pytest.raises(
+        UserError, match=r"1 of 3 runs failed .*table.md.; broken-seed0: training stopped at .*loss nan"
+    ):
         sweep(runs, "variant", tmp_path / "two", jobs=2, every_s=0.5)
     shown = capfd.readouterr().out
     assert "wide-seed0: done" in shown and "broken-seed0: failed: training stopped" in shown

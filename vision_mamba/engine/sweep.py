@@ -182,7 +182,10 @@ def sweep(runs: Sequence[Run], title: str, output: Path, *, jobs: int = 1, every
             ended(run, error)
     if failed:
         first = next(run for run in runs if run.output in failed)
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed; {first.output.name}: {failed[first.output]}")
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed (the others are in {output / 'table.md'}); {first.output.name}: "
+            f"{failed[first.output]}"
+        )
     return (output / "table.md").read_text()
 
 
