@@ -4,12 +4,14 @@ Examples:
     python -m benchmarks.models vmamba                                  # a GPU: bf16 autocast, eager and compiled
     python -m benchmarks.models vim --rows 1248x8 --modes compiled
     uv run --with einops python -m benchmarks.models vmamba --device cpu --threads 2 --official ~/VMamba
+    uv run --with transformers --with mambapy python -m benchmarks.models rsmamba --modes eager --official ~/RSMamba
 
 On a GPU the autocast type is bfloat16, on a CPU everything is float32. The models take turns and the median of
-each is kept. With ``--official`` the official code runs too (on a CPU: its pure-PyTorch scan, the only one it
-has there; of training only one step at batch 1, as that takes minutes), and a time is printed only if our logits
-agree with its logits. ``graph`` replays the eager kernels as one CUDA graph: what the device takes, without Python.
-Memory (of eager and compiled runs) is the peak beyond weights (and gradients, after one step) and input.
+each is kept. With ``--official`` the official code runs too, eagerly (on a CPU: its pure-PyTorch scan, the only one
+it has there; of training only one step at batch 1, as that takes minutes), and a time is printed only if our logits
+agree with its logits; where it cannot run, out of memory for example, its row says so. ``graph`` replays the eager
+kernels as one CUDA graph: what the device takes, without Python (RSMamba in training draws paths on the CPU, which a
+graph cannot). Memory (of eager and compiled runs) is the peak beyond weights (and gradients, after one step) and input.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import torch
 from torch import nn
 
 import vision_mamba
-from benchmarks import official_vim, official_vmamba
+from benchmarks import official_rsmamba, official_vim, official_vmamba
 from vision_mamba.engine.benchmark import Bench, device_name, measure
 from vision_mamba.engine.build import create_any_size
 
@@ -40,7 +42,7 @@ class Family:
 
     ours: str
     peers: tuple[str, ...]
-    official: Callable[[Path], nn.Module]
+    official: Callable[[Path, int], nn.Module]
     rows: tuple[tuple[int, int], ...]
 
 
@@ -56,6 +58,13 @@ FAMILIES = {
         ("swin_tiny_patch4_window7_224", "convnext_tiny"),
         official_vmamba.vmamba_tiny,
         ((224, 128), (1024, 8)),
+    ),
+    "rsmamba": Family(
+        "rsmamba_base",
+        ("deit_tiny_patch16_224",),
+        official_rsmamba.rsmamba_base,
+        # The official code keeps all states of a layer: of 64 images they do not fit into 80 GB.
+        ((224, 64), (224, 16), (224, 8)),
     ),
 }
 CPU_ROWS = ((224, 1), (224, 8))
@@ -100,7 +109,7 @@ def main() -> None:
         }
         error = None
         if args.official:
-            models["official"] = official = family.official(args.official).to(device).eval()
+            models["official"] = official = family.official(args.official, size).to(device).eval()
             vision_mamba.load_checkpoint(models[family.ours], official.state_dict())
             with torch.no_grad():
                 ours, theirs = models[family.ours](x[:1]), official(x[:1])
@@ -116,15 +125,18 @@ def main() -> None:
                 found = measure(makers, args.runs, once="official" if training and not cuda else None)
                 what = "training" if training else "inference"
                 for name, row in found.items():
-                    if failure := row.pop("error"):
+                    start = f"{what:9} {size:5} {batch:5} {mode:>8}  {name:30}"
+                    if (failure := row["error"]) and name != "official":
                         sys.exit(f"{name}, {what}, {mode}, {size} pixels, batch {batch}: {failure}")
-                    ratio = row["images_per_s"] / found[family.ours]["images_per_s"]
-                    mib = "" if row["mib"] is None else f"{row['mib']:.0f}"
-                    print(
-                        f"{what:9} {size:5} {batch:5} {mode:>8}  {name:30} {row['ms']:10.1f} "
-                        f"{row['images_per_s']:10.1f} {mib:>8} {ratio:7.2f}",
-                        flush=True,
-                    )
+                    if failure:
+                        print(f"{start} {failure}", flush=True)
+                    else:
+                        del row["error"]
+                        ratio = row["images_per_s"] / found[family.ours]["images_per_s"]
+                        mib = "" if row["mib"] is None else f"{row['mib']:.0f}"
+                        print(
+                            f"{start} {row['ms']:10.1f} {row['images_per_s']:10.1f} {mib:>8} {ratio:7.2f}", flush=True
+                        )
                     results.append(
                         {
                             "what": what,

@@ -68,10 +68,10 @@ def load(checkout: Path) -> types.ModuleType:
     return importlib.import_module("models_mamba")
 
 
-def vim_tiny(checkout: Path) -> torch.nn.Module:
+def vim_tiny(checkout: Path, size: int) -> torch.nn.Module:
     """What the official factory vim_tiny_patch16_224_..._midclstok_div2 makes, less its fused CUDA norm."""
     return load(checkout).VisionMamba(
-        patch_size=16, embed_dim=192, depth=24, rms_norm=True, residual_in_fp32=True, fused_add_norm=False,
-        final_pool_type="mean", if_abs_pos_embed=True, bimamba_type="v2", if_cls_token=True, if_divide_out=True,
-        use_middle_cls_token=True,
+        img_size=size, patch_size=16, embed_dim=192, depth=24, rms_norm=True, residual_in_fp32=True,
+        fused_add_norm=False, final_pool_type="mean", if_abs_pos_embed=True, bimamba_type="v2", if_cls_token=True,
+        if_divide_out=True, use_middle_cls_token=True,
     )  # fmt: skip

@@ -42,6 +42,6 @@ def load(checkout: Path) -> types.ModuleType:
     return official
 
 
-def vmamba_tiny(checkout: Path) -> nn.Module:
-    """What the official factory vmamba_tiny_s1l8 makes."""
+def vmamba_tiny(checkout: Path, size: int) -> nn.Module:
+    """What the official factory vmamba_tiny_s1l8 makes; it takes images of any size."""
     return load(checkout).vmamba_tiny_s1l8()

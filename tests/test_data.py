@@ -14,14 +14,17 @@ import torch
 from PIL import Image
 
 from vision_mamba.data import (
+    BatchNormalise,
     build_transform,
     check_head,
     check_images,
     create_loader,
     decode_image,
+    keep_in_memory,
     knn_baseline,
     open_dataset,
 )
+from vision_mamba.data import memory as memory_module
 from vision_mamba.errors import UserError, run_main
 
 CLASSES = ["ant", "bee", "cat"]
@@ -421,6 +424,123 @@ def test_batches_depend_on_seed_and_epoch_only(folder, options):
     assert same(first, batches(folder, epoch=2, options=options, workers=2, warm_up=True))
     assert not same(first, batches(folder, epoch=3, options=options))
     assert not same(first, batches(folder, epoch=2, options=options, seed=8))
+
+
+def test_steps_of_a_pipeline_draw_their_own_numbers():
+    # albumentations starts every step from the same seed: two steps of p=0.5 would always go together.
+    transform = build_transform(
+        split="train", img_size=2, mean=(0,) * 3, std=(1,) * 3, library="albumentations",
+        albumentations=[{"HorizontalFlip": {"p": 0.5}}, {"VerticalFlip": {"p": 0.5}}, {"RandomCrop": {"height": 2, "width": 2}}],
+    )  # fmt: skip
+    image = Image.frombytes("RGB", (2, 2), bytes([0] * 3 + [1] * 3 + [2] * 3 + [3] * 3))
+    seen = set()
+    for seed in range(40):
+        transform.set_random_seed(seed)
+        seen.add(int((transform(image)[0, 0, 0] * 255).round()))
+    assert seen == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+@pytest.mark.parametrize(
+    "options", [{"split": "val"}, {"split": "train", "color_jitter": 0.3}, {"split": "train", "recipe": "overhead"}]
+)
+def test_normalising_batches_is_normalising_samples(in_chans, options):
+    options = {"img_size": (16, 24), "in_chans": in_chans, "mean": [0.4] * in_chans, "std": [0.2] * in_chans, **options}
+    if in_chans == 4:
+        options.pop("color_jitter", None)
+    mode = {1: "L", 3: "RGB", 4: "RGBX"}[in_chans]
+    image = Image.frombytes(mode, (40, 30), np.random.default_rng(0).bytes(40 * 30 * in_chans))
+    outs = []
+    for stored in (False, True):
+        transform = build_transform(**options, stored=stored)
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        if hasattr(transform, "set_random_seed"):
+            transform.set_random_seed(0)
+        outs.append(transform(image))
+    assert outs[1].dtype == torch.uint8 and outs[1].shape == (16, 24, in_chans)
+    finished = BatchNormalise(options["mean"], options["std"], "cpu")(outs[1][None])[0]
+    assert finished.is_contiguous()
+    torch.testing.assert_close(finished, outs[0], rtol=1e-6, atol=1e-6)
+
+
+def test_erasing_and_floats_stay_samples_of_their_own():
+    image = picture(0, size=(16, 16))
+    erasing = build_transform(split="train", img_size=16, reprob=1.0, stored=True)(image)
+    assert erasing.dtype == torch.float32 and erasing.shape == (3, 16, 16)
+    pipeline = [{"ToFloat": {"max_value": 255}}, {"RandomCrop": {"height": 16, "width": 16}}]
+    transform = build_transform(
+        split="train", img_size=16, library="albumentations", albumentations=pipeline, stored=True
+    )
+    assert transform(image).dtype == torch.float32
+    batch = torch.stack([erasing, erasing])
+    assert BatchNormalise((0.5,) * 3, (0.5,) * 3, "cpu")(batch) is batch
+
+
+@pytest.mark.parametrize("options", [TIMM, ALBUMENTATIONS], ids=["timm", "albumentations"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_in_memory_give_the_same_batches(folder, options, workers):
+    picture(7, size=(31, 9)).save(folder / "train" / "bee" / "another_size.png")
+    expected = batches(folder, epoch=2, options=options)
+    data = open_dataset(str(folder), "train")
+    assert keep_in_memory(data, num_workers=2, progress=False) == []
+    loader = create_loader(
+        data,
+        batch_size=5,
+        train=True,
+        transform=build_transform(**options),
+        num_workers=workers,
+        seed=7,
+        drop_last=False,
+    )
+    for name in sorted((folder / "train").rglob("*.png")):
+        name.unlink()  # nothing is read any more
+    for _ in range(2):  # and nothing wrote to the images
+        loader.set_epoch(2)
+        assert same(expected, [(x.clone(), y.clone()) for x, y in loader])
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+def test_images_in_memory_are_those_of_the_files(tmp_path, in_chans, monkeypatch):
+    monkeypatch.setattr(memory_module, "_BLOCK_BYTES", 700)  # several blocks, and images that fill one alone
+    for i, size in enumerate([(20, 14), (3, 40), (20, 30), (1, 1), (9, 9)]):
+        (tmp_path / "train" / "x").mkdir(parents=True, exist_ok=True)
+        picture(i, "RGBA" if in_chans == 4 else "RGB", size).save(tmp_path / "train" / "x" / f"{i}.png")
+    data = open_dataset(str(tmp_path), "train", in_chans=in_chans)
+    expected = [data[i][0] for i in range(5)]
+    keep_in_memory(data, progress=False)
+    assert len(data.memory) == 5 and len(data.memory.blocks) > 1
+    for i, image in enumerate(expected):
+        assert data[i][0].mode == image.mode and data[i][0].size == image.size
+        assert data[i][0].tobytes() == image.tobytes()
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(folder, monkeypatch):
+    data = open_dataset(str(folder), "train")
+    monkeypatch.setattr(memory_module, "free_memory", lambda: 12_000)
+    monkeypatch.setattr(memory_module, "PixelMemory", None)  # nothing is kept before the refusal
+    with pytest.raises(UserError, match=r"12 decoded images take about 0\.0 MB.*70%.*data\.cache=false"):
+        keep_in_memory(data, progress=False)
+    monkeypatch.undo()
+    # The estimate is of a few: what the others add is found while they are read.
+    monkeypatch.setattr(memory_module, "_SAMPLES", 1)
+    monkeypatch.setattr(memory_module, "free_memory", lambda: 20_000)
+    picture(0, size=(100, 100)).save(folder / "train" / "cat" / "large.png")
+    with pytest.raises(UserError, match="take more than 0.0 MB, and 0.0 MB may"):
+        keep_in_memory(open_dataset(str(folder), "train"), progress=False)
+    assert data.memory is None
+
+
+def test_damaged_images_are_not_kept(folder):
+    (folder / "train" / "bee" / "bad.png").write_bytes(b"\x89PNG broken")
+    data = open_dataset(str(folder), "train")
+    (line,) = keep_in_memory(data, progress=False)
+    assert "bad.png" in line and data.memory is None
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="needs Linux")
+def test_free_memory_is_less_than_the_machine_has():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < memory_module.free_memory() < total
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -23,6 +23,7 @@ from vision_mamba.data import (
     check_images,
     create_loader,
     decode_raster,
+    keep_in_memory,
     knn_baseline,
     open_dataset,
     preview,
@@ -260,11 +261,12 @@ def test_nodata_is_the_mean_and_does_not_spread(train):
     assert torch.allclose(out[1], torch.full((29, 29), 2.0))
 
 
-def test_overhead_geometry_takes_the_eight_orientations(tiles):
-    tile = tiles["val", "car"][0].astype(np.float32)[..., :2] / 255
+@pytest.mark.parametrize("bands", [1, 2, 3, 7])
+def test_overhead_geometry_takes_the_eight_orientations(tiles, bands):
+    tile = np.concatenate([tiles["val", "car"][i] for i in range(3)], axis=2).astype(np.float32)[..., :bands] / 255
     eight = [np.rot90(side, k) for side in (tile, tile[::-1]) for k in range(4)]
     transform = build_transform(
-        split="train", img_size=48, in_chans=2, mean=[0.0] * 2, std=[1.0] * 2, scale=(1, 1), ratio=(1, 1),
+        split="train", img_size=48, in_chans=bands, mean=[0.0] * bands, std=[1.0] * bands, scale=(1, 1), ratio=(1, 1),
         recipe="overhead_geometry", raster=True,
     )  # fmt: skip
     seen = set()
@@ -568,3 +570,16 @@ def test_png_goes_through_the_same_reader():
     Image.fromarray(pixels).save(file, "PNG")
     read = decode_raster(file.getvalue(), "x.png", read_profile(file.getvalue(), "x.png", [2]))
     np.testing.assert_allclose(read[..., 0], pixels[..., 1] / 255, rtol=1e-6)
+
+
+# In memory
+
+
+def test_rasters_in_memory_are_the_files(tiles, tmp_path):
+    data = open_dataset(str(write_set(tmp_path / "set", tiles, nodata=0)), "train", in_chans=5)
+    before = [data[i][0] for i in range(len(data))]
+    assert keep_in_memory(data, progress=False) == [] and data.memory.dtype == np.float32
+    for i, image in enumerate(before):
+        np.testing.assert_array_equal(data[i][0], image)
+    data[0][0][:] = -1  # a caller's own copy
+    np.testing.assert_array_equal(data[0][0], before[0])

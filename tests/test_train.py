@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
-from vision_mamba.engine import build, evaluate
+from vision_mamba.engine import build, checkpoint, evaluate
 from vision_mamba.engine.checkpoint import read_training_state
 from vision_mamba.engine.config import load_config
 from vision_mamba.engine.train import train
@@ -123,7 +123,8 @@ def test_killed_runs_end_with_the_same_weights(settings, tmp_path):
     overrides = ["schedule.epochs=20"]
     run(settings, tmp_path / "whole", *overrides)
     out = tmp_path / "killed"
-    command = [sys.executable, TOOL, settings, *overrides, "--output", out, "--resume", "auto"]
+    # Images from memory are the same images, and where they come from may change.
+    command = [sys.executable, TOOL, settings, *overrides, "data.cache=true", "--output", out, "--resume", "auto"]
     rng = random.Random(0)
     stops = []
     for _ in range(3):
@@ -154,6 +155,33 @@ def test_killed_runs_end_with_the_same_weights(settings, tmp_path):
     for row in (row for log in logs for row in log):
         del row["images_per_s"]
     assert logs[0] == logs[1]
+
+
+def test_rare_saves_end_with_the_same_weights(settings, tmp_path, monkeypatch):
+    overrides = ["schedule.epochs=5", "train.checkpoint_every=null", "train.eval_every=2"]
+    whole = run(settings, tmp_path / "whole", *overrides)
+    assert whole["train_loss"] == float(read_log(tmp_path / "whole")[-1]["train_loss"])
+    assert whole["parameters"] == sum(v.numel() for v in read(tmp_path / "whole" / "last.pth")["state_dict"].values())
+
+    saved = []
+    original = checkpoint.save_checkpoint
+
+    def save(state, path):
+        original(state, path)
+        saved.append((path.name, state["epoch"]))
+        if saved[-1] == ("last.pth", 4):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    # Top-1 reaches 100 % at once and the loss goes on falling: both evaluations before the last epoch are the best.
+    out = tmp_path / "rare"
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, out, *overrides, "train.save_every=100")
+    assert [epoch for name, epoch in saved if name == "last.pth"] == [2, 4]
+    run(settings, out, *overrides, "train.save_every=100", resume="auto")
+    assert saved[-1] == ("last.pth", 5)
+    assert not differences(*(read(folder / "last.pth")["state_dict_ema"] for folder in (tmp_path / "whole", out)))
+    assert [row["epoch"] for row in read_log(out)] == ["1", "2", "3", "4", "5"]
 
 
 def test_resume_refuses_another_run(settings, tmp_path):
@@ -187,6 +215,7 @@ def test_resume_refuses_another_run(settings, tmp_path):
         ("model.freeze=['*']", "leaves nothing to train"),
         ("model.checkpoint=nowhere.pth", r"nowhere\.pth"),
         ("optimizer.name=adamx", r"unknown optimizer\.name 'adamx'"),
+        ("optimizer={name: grouped_muon, layer_decay: 0.7}", r"layer_decay does not go with grouped_muon"),
         ("augment.auto_augment=rond-m9", "auto_augment"),
         ("data.source=nowhere", "nowhere"),
         ("data.batch_size=64", "batch_size"),
@@ -208,8 +237,9 @@ def test_damaged_data_is_named_and_nothing_is_written(settings, tmp_path):
     cut = make_images(tmp_path / "cut", train=8, val=1)
     path = cut / "train" / "class1" / "3.png"
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(UserError, match=r"class1/3\.png"):
-        run(settings, tmp_path / "out", f"data.source={cut}")
+    for cache in ("false", "true"):
+        with pytest.raises(UserError, match=r"class1/3\.png"):
+            run(settings, tmp_path / "out", f"data.source={cut}", f"data.cache={cache}")
     assert not (tmp_path / "out").exists()
 
 

@@ -3,16 +3,18 @@
 from vision_mamba.data.images import IMAGE_EXTENSIONS, decode_image, is_image_name
 from vision_mamba.data.knn import knn_baseline
 from vision_mamba.data.loader import EpochLoader, create_loader
+from vision_mamba.data.memory import keep_in_memory
 from vision_mamba.data.rasters import RasterProfile, decode_raster, preview
 from vision_mamba.data.sources import ImageSet, builtin_path, check_head, check_images, open_dataset
 from vision_mamba.data.statistics import band_statistics, read_statistics
-from vision_mamba.data.transforms import RECIPES, build_transform
+from vision_mamba.data.transforms import RECIPES, BatchNormalise, build_transform
 from vision_mamba.data.video import VIDEO_EXTENSIONS, import_av, is_video_name, read_clip
 
 __all__ = [
     "IMAGE_EXTENSIONS",
     "RECIPES",
     "VIDEO_EXTENSIONS",
+    "BatchNormalise",
     "EpochLoader",
     "ImageSet",
     "RasterProfile",
@@ -27,6 +29,7 @@ __all__ = [
     "import_av",
     "is_image_name",
     "is_video_name",
+    "keep_in_memory",
     "knn_baseline",
     "open_dataset",
     "preview",

@@ -38,6 +38,7 @@ def create_loader(
     train: bool,
     transform: Callable[[Any], torch.Tensor],
     seed: int = 0,
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
     num_workers: int = 0,
     num_aug_repeats: int = 0,
     distributed: bool = False,
@@ -48,7 +49,7 @@ def create_loader(
     persistent_workers: bool = True,
     prefetch_factor: int | None = None,
 ) -> EpochLoader:
-    """A loader of ``(images (B, C, H, W) float32, targets (B,) int64)``.
+    """A loader of ``(images (B, C, H, W) float32, targets (B,) int64)``; ``images`` are what ``transform`` makes them.
 
     Training shuffles; ranks get shares of equal length (the order wraps round where it must). Evaluation keeps the
     dataset's order, and each rank gets exactly its own share: no sample is counted twice, shares may differ by one.
@@ -58,6 +59,8 @@ def create_loader(
         batch_size: samples a batch and rank.
         train: training or evaluation.
         transform: from ``build_transform``.
+        finish: done to each batch of images in the process that iterates, such as ``BatchNormalise`` where the
+            transform leaves 8-bit images.
         seed: with the epoch it decides everything random.
         num_workers: processes; 0 loads in the caller's.
         num_aug_repeats: repeated augmentation (2 and more): a batch cycle shows each image that many times,
@@ -81,7 +84,8 @@ def create_loader(
             f"{max(len(sampler), 1)} or give more images"
         )
     return EpochLoader(
-        SeededSamples(dataset, transform, seed),
+        SeededSamples(dataset, transform, seed if train else None),
+        finish=finish,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
@@ -100,6 +104,14 @@ class EpochLoader(DataLoader):
 
     ``len()`` is always the number of batches of a whole epoch.
     """
+
+    def __init__(self, *args: Any, finish: Callable[[torch.Tensor], torch.Tensor] | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.finish = finish
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        return batches if self.finish is None else ((self.finish(images), targets) for images, targets in batches)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """The next iteration yields batches ``start_batch``, ``start_batch + 1`` ... of ``epoch``."""
@@ -148,26 +160,35 @@ class EpochSampler(Sampler):
 
 
 class SeededSamples(Dataset):
-    """Transforms samples, with every random generator seeded by the sample's place."""
+    """Transforms samples, with every random generator seeded by the sample's place; no seed: nothing is random."""
 
-    def __init__(self, dataset: Samples, transform: Callable[[Any], torch.Tensor], seed: int) -> None:
+    def __init__(self, dataset: Samples, transform: Callable[[Any], torch.Tensor], seed: int | None) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
+        # An array is half the way from a file to albumentations, and all of it from memory.
+        arrays = getattr(transform, "takes_arrays", False) and hasattr(dataset, "pixels")
+        self.arrays: Any = dataset if arrays else None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int]:
         epoch, position, index = key
-        image, target = self.dataset[index]
+        if self.arrays is not None:
+            image, target = self.arrays.pixels(index), self.arrays.targets[index]
+        else:
+            image, target = self.dataset[index]
+        if self.seed is None:
+            return self.transform(image), target
+        seed = mix_seed(self.seed, epoch, position)
+        if hasattr(self.transform, "set_random_seed"):  # it has generators of its own and uses no other
+            self.transform.set_random_seed(seed % 2**32)
+            return self.transform(image), target
         # With no workers this is the training process: its own random state must come out untouched.
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
-            seed = mix_seed(self.seed, epoch, position)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)
-            if hasattr(self.transform, "set_random_seed"):
-                self.transform.set_random_seed(seed % 2**32)
             return self.transform(image), target
         finally:
             random.setstate(states[0])

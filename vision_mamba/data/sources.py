@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from vision_mamba.data.images import IMAGE_EXTENSIONS, PICTURE_CHANNELS, decode_image, is_image_name, raster_kind
+from vision_mamba.data.memory import PixelMemory
 from vision_mamba.data.rasters import RasterProfile, decode_raster, is_tiff_name, read_profile
 from vision_mamba.errors import UserError, nearest
 
@@ -53,6 +54,7 @@ class ImageSet(torch.utils.data.Dataset):
         where: what was opened, for messages.
         profile: what the files have in common where they are rasters; None where they are pictures (8-bit grey,
             colour or four bands).
+        memory: the decoded images, where ``keep_in_memory`` has read them; None reads the files each time.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.in_chans = in_chans
         self.where = where
         self.profile = profile
+        self.memory: PixelMemory | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -92,15 +95,32 @@ class ImageSet(torch.utils.data.Dataset):
         Raises:
             UserError: the file cannot be read, or is of another kind than the set; it is named.
         """
+        if self.memory is None:
+            return self._decode(index), self.targets[index]
+        pixels = self.memory[index]
+        if self.profile is not None:
+            return pixels.copy(), self.targets[index]
+        if pixels.shape[2:] == (4,):  # fromarray would take the fourth band for an alpha channel
+            return Image.frombytes("RGBX", pixels.shape[1::-1], pixels.tobytes()), self.targets[index]
+        return Image.fromarray(pixels), self.targets[index]
+
+    def pixels(self, index: int) -> np.ndarray:
+        """The image as an array: (H, W, channels) or of grey pictures (H, W), uint8; of a raster (H, W, bands) float32.
+
+        Not to be written to. Raises as indexing does.
+        """
+        return np.asarray(self._decode(index)) if self.memory is None else self.memory[index]
+
+    def _decode(self, index: int) -> Image.Image | np.ndarray:
         name, data = self.filename(index), self.read(index)
         if self.profile is not None:
-            return decode_raster(data, name, self.profile), self.targets[index]
+            return decode_raster(data, name, self.profile)
         if is_tiff_name(name) and (kind := raster_kind(data)):
             raise UserError(
                 f"{name} is a raster of {kind}, but the set began with 8-bit pictures; use files of one kind, or name "
                 "the bands to read all as rasters (data.bands)"
             )
-        return decode_image(data, name, self.in_chans), self.targets[index]
+        return decode_image(data, name, self.in_chans)
 
     def __repr__(self) -> str:
         return f"{len(self)} images, {len(self.classes)} classes, from {self.where}"

