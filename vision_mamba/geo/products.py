@@ -52,17 +52,6 @@ class SceneFiles:
         found = (self.classes, self.confidence, self.probabilities, self.polygons, self.areas, self.picture)
         return [path for path in found if path is not None]
 
-    def check(self, overwrite: bool) -> None:
-        """
-        Raises:
-            UserError: a result exists, or the folder cannot be made.
-        """
-        refuse_existing(self.results(), overwrite)
-        try:
-            self.work.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {self.work.parent}: {error.strerror}") from None
-
 
 def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
     """
@@ -77,7 +66,7 @@ def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
 def write_products(
     files: SceneFiles,
     profile: dict[str, Any],
-    read: Callable[[], Iterator[tuple[int, np.ndarray]]],
+    read: Callable[[], Iterator[tuple[int, int, np.ndarray]]],
     segmentor: Segmentor,
     *,
     simplify: float,
@@ -88,8 +77,9 @@ def write_products(
 
     Args:
         profile: the scene's crs, transform, width and height.
-        read: gives the first row and the planes (class, confidence, then probabilities; NODATA where there is
-            no data), uint8 (planes, rows, width), strip by strip.
+        read: gives the first row, the first column and the planes (class, confidence, then probabilities; NODATA
+            where there is no data), uint8 (planes, rows, columns), block by block: of 512 rows and a multiple of 512
+            columns but at the scene's ends, in row order.
         source: the scene, for the picture.
 
     Returns:
@@ -119,8 +109,8 @@ def write_products(
             1, {NODATA: (0, 0, 0, 0), **{i: (*rgb, 255) for i, rgb in enumerate(palette)}}
         )
         writers[files.classes].update_tags(**{f"CLASS_{i}": name for i, name in enumerate(classes)})
-        for top, planes in read():
-            box = rasterio.windows.Window(0, top, planes.shape[2], planes.shape[1])
+        for top, left, planes in read():
+            box = rasterio.windows.Window(left, top, planes.shape[2], planes.shape[1])
             for path, wanted_planes in wanted.items():
                 writers[path].write(planes[wanted_planes], window=box)
             counts = np.stack([np.bincount(row, minlength=256)[: len(classes)] for row in planes[0]])
