@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vision_mamba.engine.distributed import start_processes, stop_processes
 from vision_mamba.engine.evaluate import choose_device
-from vision_mamba.errors import run_main
+from vision_mamba.errors import UserError, run_main
 from vision_mamba.geo import load_exported, load_mmseg, segment_raster
 from vision_mamba.geo.arguments import add_scene_arguments, check_scene_arguments, for_each_scene
 
@@ -41,11 +41,14 @@ def main(argv: list[str] | None = None) -> int:
     exported.add_argument("--std", type=float, nargs="+", help="a value a band")
     args = parser.parse_args(argv)
     check_scene_arguments(args)
+    exported_file = Path(args.config).suffix in (".pt2", ".onnx")
+    if exported_file and args.checkpoint != "-":
+        raise UserError(f"{args.config} has weights of its own; give - for the checkpoint, not {args.checkpoint}")
 
     _, amp = choose_device(args.device, args.amp)
     device, rank, world_size = start_processes(args.device)
 
-    if Path(args.config).suffix in (".pt2", ".onnx"):
+    if exported_file:
         segmentor = load_exported(
             args.config, args.classes, args.mean, args.std, device=device, amp=amp, bands=args.bands
         )
