@@ -6,6 +6,7 @@ import csv
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .models import Segmentor
 
 NODATA = 255
 _QUICK_LOOK = 1600  # pixels of its longer side, at most
+_COLUMNS = 4096  # pixels of the scene's width that are read at once for it
 _POLYGONS = 20_000  # written at once
 
 
@@ -127,13 +129,22 @@ def write_products(
             writer.close()
     if not pixels.sum():
         raise UserError(f"{source} holds nothing but nodata: there is nothing to segment")
-    for path in wanted:
+
+    def place(path: Path) -> None:
         with replacing(path) as temporary:
             rasterio_copy(
                 plain[path], temporary, driver="COG", compress="deflate", blocksize=512, bigtiff="if_safer",
                 overview_resampling="mode" if path == files.classes else "average", num_threads="all_cpus",
             )  # fmt: skip
         plain[path].unlink()
+
+    def look() -> np.ndarray:
+        with rasterio.open(source) as scene:
+            return decimated(scene, segmentor.bands)
+
+    with ThreadPoolExecutor(len(wanted) + 1) as pool:  # each has parts that one thread does
+        image = pool.submit(look)
+        list(pool.map(place, wanted))
     if files.polygons is not None:
         with replacing(files.polygons) as temporary:
             write_polygons(files.classes, temporary, classes, simplify=simplify, min_area=min_area)
@@ -146,7 +157,7 @@ def write_products(
             area = "" if found_hectares is None else f"{found_hectares[name]:.4f}"
             table.writerow([name, count, f"{count / pixels.sum():.6f}", area])
     with replacing(files.picture) as temporary:
-        quick_look(source, files.classes, classes, palette, segmentor.bands, temporary)
+        quick_look(image.result(), files.classes, classes, palette, temporary)
     return found_pixels, found_hectares
 
 
@@ -258,30 +269,40 @@ def decimated(scene, bands: Sequence[int] | None) -> np.ndarray:
     Returns:
         (height, width, 3) float32 in 0..1, of at most 1600 pixels a side.
     """
+    from rasterio.windows import Window
+
     factor = max(scene.width, scene.height, _QUICK_LOOK) / _QUICK_LOOK
     size = (max(round(scene.height / factor), 1), max(round(scene.width / factor), 1))
     chosen = list(bands or range(1, min(scene.count, 3) + 1))[:3]
     chosen = chosen if len(chosen) == 3 else chosen[:1] * 3
-    image = scene.read(chosen, out_shape=(3, *size)).astype(np.float32).transpose(1, 2, 0)
-    valid = (scene.read_masks(chosen, out_shape=(3, *size)) > 0).any(0) & np.isfinite(image).all(-1)
+    image, valid = np.zeros((3, *size), np.float32), np.zeros(size, bool)
+    # Group by group of columns: a row of tiles of the whole width need not fit into GDAL's cache, and would be decoded
+    # anew for each line of the picture.
+    groups = min(-(-scene.width // _COLUMNS), size[1])
+    for i in range(groups):
+        columns = slice(size[1] * i // groups, size[1] * (i + 1) // groups)
+        begin, end = (round(column * scene.width / size[1]) for column in (columns.start, columns.stop))
+        box = Window(begin, 0, end - begin, scene.height)
+        shape = (3, size[0], columns.stop - columns.start)
+        image[:, :, columns] = scene.read(chosen, window=box, out_shape=shape)
+        valid[:, columns] = (scene.read_masks(chosen, window=box, out_shape=shape) > 0).any(0)
+    image = image.transpose(1, 2, 0)
+    valid &= np.isfinite(image).all(-1)
     if not valid.any():
         return np.zeros_like(image)
     low, high = np.percentile(image[valid], (2, 98), axis=0)
     return np.where(valid[..., None], np.nan_to_num((image - low) / np.maximum(high - low, 1e-6)).clip(0, 1), 0.0)
 
 
-def quick_look(source, class_map: Path, classes: Sequence[str], palette, bands, path: Path) -> None:
-    """A small picture: the scene, and the classes over it with a legend."""
+def quick_look(image: np.ndarray, class_map: Path, classes: Sequence[str], palette, path: Path) -> None:
+    """A small picture: the scene, (height, width, 3) in 0..1, and the classes over it with a legend."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    rasterio = load_rasterio()
-    with rasterio.open(source) as scene:
-        image = decimated(scene, bands)
-    with rasterio.open(class_map) as found:
+    with load_rasterio().open(class_map) as found:
         numbers = found.read(1, out_shape=image.shape[:2])
     size, valid = image.shape[:2], numbers != NODATA
     table = np.zeros((256, 3), np.float32)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Full, Queue
@@ -22,6 +23,7 @@ from vision_mamba.errors import UserError
 from .models import SceneModel
 from .windows import Grid
 
+_READERS = min(8, os.cpu_count() or 1)  # threads that decode
 _CACHE = 64 * 2**20  # bytes of blocks that GDAL keeps: a panel's row of the file's tiles, and those that are written
 
 
@@ -30,6 +32,13 @@ def gdal_options() -> Iterator[None]:
     """Bounds GDAL's cache, 5 % of the machine's memory by default, and decodes with all threads; also a decorator."""
     with load_rasterio().Env(GDAL_CACHEMAX=_CACHE, GDAL_NUM_THREADS="ALL_CPUS"):
         yield
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor there, without waiting for what the device is still doing; pinned on the way if it is not yet."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 class Batch(NamedTuple):
@@ -109,50 +118,81 @@ class SceneReader:
         last = min(-(-wanted.stop // batch_size) * batch_size, len(tops) * wide)
         right = min(lefts[columns[-1]] + grid.window, self.width)
         held: _Held | None = None
-        with self.rasterio.open(self.path) as scene:
+        with ExitStack() as stack:
+            scenes = [stack.enter_context(self.rasterio.open(self.path)) for _ in range(_READERS)]
+            pool = stack.enter_context(ThreadPoolExecutor(_READERS))
             for begin in range(first, last, batch_size):
                 numbers = range(begin, min(begin + batch_size, last))
-                cut = []
-                for number in numbers:
+                batch = None
+                for i, number in enumerate(numbers):
                     top, left = tops[number // wide], lefts[columns[number % wide]]
                     if held is None or held.top != top:
-                        bottom = min(top + grid.window, self.height)
-                        held = self._read(scene, held, top, bottom, lefts[columns[0]], right)
-                    begin_at = left - lefts[columns[0]]
-                    cut.append(held.window(begin_at, grid.window))
-                values, valid = zip(*cut, strict=True)
+                        box = top, min(top + grid.window, self.height), lefts[columns[0]], right
+                        held = self._read(pool, scenes, held, *box)
+                    values, valid = held.window(left - lefts[columns[0]], grid.window)
+                    if batch is None:
+                        batch = self._batch(len(numbers), values, valid)
+                    batch.values[i].numpy()[:] = values
+                    if valid is not None and batch.valid is not None:
+                        batch.valid[i].numpy()[:] = valid
+                        batch.empty[i] = not valid.any()
+                assert batch is not None
                 inside = [i for i, number in enumerate(numbers) if number in wanted]
-                yield Batch(
-                    self._tensor(values),
-                    None if valid[0] is None else self._tensor(valid),
-                    np.array([v is not None and not v.any() for v in valid]),
-                    range(inside[0], inside[-1] + 1),
-                )
+                yield batch._replace(wanted=range(inside[0], inside[-1] + 1))
 
-    def _tensor(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        tensor = torch.from_numpy(np.stack(arrays))
+    def _batch(self, count: int, values: np.ndarray, valid: np.ndarray | None) -> Batch:
+        """Room for ``count`` windows like the given one."""
         # Pinned, a batch is copied to the GPU while the one before is computed.
-        return tensor.pin_memory() if torch.device(self.model.device).type == "cuda" else tensor
+        pinned = torch.device(self.model.device).type == "cuda"
+        dtype = torch.from_numpy(np.empty(0, values.dtype)).dtype
+        return Batch(
+            torch.empty(count, *values.shape, dtype=dtype, pin_memory=pinned),
+            None if valid is None else torch.empty(count, *valid.shape, dtype=torch.bool, pin_memory=pinned),
+            np.zeros(count, bool),
+            range(0),
+        )
 
-    def _read(self, scene, held: _Held | None, top: int, bottom: int, left: int, right: int) -> _Held:
+    def _read(self, pool: Executor, scenes: Sequence[Any], held: _Held | None, top, bottom, left, right) -> _Held:
         """The rows from ``top`` to ``bottom``, those that ``held`` has taken from there."""
         begin = max(held.bottom, top) if held else top
-        box = self.rasterio.windows.Window(left, begin, right - left, bottom - begin)
-        values = scene.read(self.bands, window=box)
-        valid = self.valid(scene, box, values)
+        values = np.empty((len(self.bands), bottom - top, right - left), self.dtype)
+        valid: np.ndarray | None = np.empty(values.shape, bool)
+
+        def read(scene, box) -> bool:
+            """Reads a piece; whether it may lack values."""
+            rows, columns = (slice(o - s, o - s + n) for o, s, n in zip(
+                (box.row_off, box.col_off), (top, left), (box.height, box.width), strict=True
+            ))  # fmt: skip
+            piece = scene.read(self.bands, window=box)
+            values[:, rows, columns] = piece
+            where = self.valid(scene, box, piece)
+            if where is not None:
+                valid[:, rows, columns] = where
+            return where is not None
+
+        # A file of strips is cut into rows, one of tiles into columns: no block is decoded twice.
+        high, wide = scenes[0].block_shapes[0]
+        if wide < self.width:
+            pieces = [(begin, bottom, a, b) for a, b in _shares(left, right, wide, len(scenes))]
+        else:
+            pieces = [(a, b, left, right) for a, b in _shares(begin, bottom, high, len(scenes))]
+        boxes = [self.rasterio.windows.Window(x, y, xx - x, yy - y) for y, yy, x, xx in pieces]
+        masked = list(pool.map(read, scenes, boxes))
+        if not any(masked):
+            valid = None
         if held and begin > top:
-            values = np.concatenate([held.values[:, top - held.top :], values], axis=1)
+            values[:, : begin - top] = held.values[:, top - held.top :]
             if valid is not None and held.valid is not None:
-                valid = np.concatenate([held.valid[:, top - held.top :], valid], axis=1)
+                valid[:, : begin - top] = held.valid[:, top - held.top :]
         return _Held(top, values, valid)
 
     def normalised(self, batch: Batch) -> Tensor:
         """The model's input on its device, (n, bands, window, window) float32; the mean where there is no value."""
-        device = torch.device(self.model.device)
-        x = batch.values.to(device, non_blocking=True).to(torch.float32, copy=True)
+        device = self.model.device
+        x = to_device(batch.values, device).to(torch.float32, copy=True)
         x = x.sub_(self.offset).mul_(self.scale).sub_(self.mean).div_(self.std)
         if batch.valid is not None:
-            x.masked_fill_(~batch.valid.to(device, non_blocking=True), 0.0)
+            x.masked_fill_(~to_device(batch.valid, device), 0.0)
         return x.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) if batch.values.is_floating_point() else x
 
     def valid(self, scene, box, values: np.ndarray | None = None) -> np.ndarray | None:
@@ -204,6 +244,14 @@ class _Held:
             return np.pad(plane, short, mode="edge") if plane.shape[1:] != (side, side) else plane
 
         return cut(self.values), None if self.valid is None else cut(self.valid)
+
+
+def _shares(begin: int, end: int, block: int, count: int) -> list[tuple[int, int]]:
+    """``begin`` to ``end`` in at most ``count`` parts whose borders are multiples of ``block``."""
+    first, last = begin // block, -(-end // block)
+    count = min(count, last - first)
+    borders = [(first + (last - first) * i // count) * block for i in range(count + 1)]
+    return [(max(a, begin), min(b, end)) for a, b in zip(borders, borders[1:], strict=False)]
 
 
 def each_window(

@@ -21,8 +21,8 @@ from vision_mamba.errors import UserError
 from .models import TTA, Segmentor
 from .parts import Parts, Writer
 from .products import NODATA, SceneFiles, refuse_existing, write_products
-from .reader import Batch, SceneReader, each_window, gdal_options
-from .windows import Grid, blend_rows, blend_weights
+from .reader import Batch, SceneReader, each_window, gdal_options, to_device
+from .windows import Grid, blend_rows, blend_weights, weigh
 
 STRIP = 512  # pixel rows that are stored at once: the height of a tile of the output
 _BLOCK = 4096  # pixel columns that are written at once
@@ -39,6 +39,7 @@ class SceneReport:
         pixels: pixels a class.
         windows: windows that the model saw in this run.
         seconds: of this run.
+        inference_seconds: of these, until the last window's rows were stored; then the results were written.
     """
 
     files: SceneFiles
@@ -46,6 +47,7 @@ class SceneReport:
     pixels: dict[str, int]
     windows: int
     seconds: float
+    inference_seconds: float
 
 
 @gdal_options()
@@ -137,14 +139,15 @@ def segment_raster(
         nonlocal seen
         seen += len(batch.empty)
         if batch.empty.all():
-            return torch.full((len(batch.empty), num_classes, window, window), 1 / num_classes, device=segmentor.device)
+            size = len(batch.empty), num_classes, window, window
+            return weigh(torch.full(size, 1 / num_classes, device=segmentor.device), weights)
         x = reader.normalised(batch)
-        if (
-            len(x) < batch_size
-        ):  # always the same shape: some exported models take no other, and no kernel is chosen anew
+        if len(x) < batch_size:
+            # Always the same shape: some exported models take no other, and no kernel is chosen anew.
             x = F.pad(x, (0, 0) * 3 + (0, batch_size - len(x)))
         with torch.inference_mode():
-            return segmentor.probabilities(x, views, scales)
+            scores = segmentor.probabilities(x, views, scales)
+        return weigh(scores[: len(batch.empty)], weights)
 
     planned = [
         (panel, run, grid.rows_for(run.start * STRIP, min(run.stop * STRIP, grid.height)))
@@ -158,11 +161,10 @@ def segment_raster(
                     load = partial(strips.load_edge, panel - 1, segmentor.device) if panel else None
                     save = partial(strips.save_edge, panel, writer) if columns.stop < len(grid.lefts) else None
                     with closing(each_window(reader, grid, columns, rows, batch_size, look, bar)) as scores:
-                        blended = blend_rows(
-                            grid, rows, scores, weights, finish, columns=columns, load_edge=load, save_edge=save
-                        )
-                        strips.store(panel, run, blended, writer)
+                        blended = blend_rows(grid, rows, scores, columns=columns, load_edge=load, save_edge=save)
+                        strips.store(panel, run, ((top, finish(mean)) for top, mean in blended), writer)
                     strips.remove_edges(panel, rows)
+        inference = time.monotonic() - begun
         barrier()
         if rank == 0:
             pixels, hectares = write_products(
@@ -172,8 +174,8 @@ def segment_raster(
         raise UserError(f"cannot write to {files.work.parent}: {error.strerror or error}") from error
     parts.close(rank)
     if rank > 0:
-        return SceneReport(files, None, {}, seen, time.monotonic() - begun)
-    return SceneReport(files, hectares, pixels, seen, time.monotonic() - begun)
+        return SceneReport(files, None, {}, seen, time.monotonic() - begun, inference)
+    return SceneReport(files, hectares, pixels, seen, time.monotonic() - begun, inference)
 
 
 class _Strips:
@@ -208,7 +210,7 @@ class _Strips:
         return self.parts.folder / f"edge-{panel:03d}-{row:06d}.npy"
 
     def load_edge(self, panel: int, device: torch.device | str, row: int) -> Tensor:
-        return torch.from_numpy(np.load(self._edge(panel, row))).to(device)
+        return to_device(torch.from_numpy(np.load(self._edge(panel, row))), device)
 
     def save_edge(self, panel: int, writer: Writer, row: int, scores: Tensor) -> None:
         # The same thread stores parts: no part is there before what its neighbour needs of its rows.

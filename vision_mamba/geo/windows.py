@@ -76,12 +76,16 @@ class Grid:
         return range(touching[0], touching[-1] + 1)
 
 
+def weigh(scores: Tensor, weights: Tensor) -> Tensor:
+    """What :func:`blend_rows` adds up: (n, classes, window, window) -> (n, classes + 1, window, window), scores times
+    ``weights`` (window, window) and, last, the weights."""
+    return torch.cat([scores * weights, weights.expand(len(scores), 1, *weights.shape)], dim=1)
+
+
 def blend_rows(
     grid: Grid,
     rows: range,
-    scores: Iterable[Tensor],
-    weights: Tensor,
-    finish: Callable[[Tensor], Tensor],
+    weighted: Iterable[Tensor],
     *,
     columns: range | None = None,
     load_edge: Callable[[int], Tensor] | None = None,
@@ -92,40 +96,38 @@ def blend_rows(
     Args:
         grid: the windows.
         rows: which window rows, without a gap.
-        scores: (classes, window, window) a window, row by row, on one device.
-        weights: (window, window) on that device.
-        finish: (classes, h, w) of blended scores -> (planes, h, w) of what is kept of them.
+        weighted: (classes + 1, window, window) a window, row by row, on one device; see :func:`weigh`.
         columns: which window columns, without a gap; None for all.
         load_edge: gives for a window row what ``save_edge`` was given where the columns before ended.
         save_edge: takes for a window row what these columns share with those after them.
 
     Yields:
-        For each window row its first pixel row, and (planes, pixel rows, ``grid.pixels(columns)``): the rows that no
+        For each window row its first pixel row, and (classes, pixel rows, ``grid.pixels(columns)``): the rows that no
         later window touches. Rows that an omitted earlier window row touches lack its part.
     """
-    tops, lefts = [*grid.tops, grid.height], [*grid.lefts, grid.width]
-    columns = range(len(grid.lefts)) if columns is None else columns
-    scores = iter(scores)
-    carry: Tensor | None = None  # what this row of windows shares with the next: scores and, last, the weights
+    tops, lefts = [*grid.tops, grid.height], grid.lefts
+    columns = range(len(lefts)) if columns is None else columns
+    weighted = iter(weighted)
+    carry: Tensor | None = None  # what this row of windows shares with the next
     high, wide = min(grid.window, grid.height), min(grid.window, grid.width)
-    w = weights[:high, :wide]
+    left, done = lefts[columns[0]], len(grid.pixels(columns))
     for row in rows:
-        rows_done = tops[row + 1] - tops[row]
-        finished, below = [], []
-        right = load_edge(row) if load_edge else None
+        total: Tensor | None = None
         for column in columns:
-            columns_done = lefts[column + 1] - lefts[column]
-            total = torch.cat([next(scores)[:, :high, :wide] * w, w[None]])
-            if right is not None:
-                total[..., : right.shape[-1]] += right
-            total, right = total[..., :columns_done], total[..., columns_done:]
-            if carry is not None:
-                begin = lefts[column] - lefts[columns.start]
-                total[:, : carry.shape[1]] += carry[..., begin : begin + columns_done]
-            finished.append(finish(total[:-1, :rows_done] / total[-1, :rows_done]))
-            if row != rows[-1]:
-                below.append(total[:, rows_done:].clone())  # a view would keep the whole window
-        if save_edge and right is not None:
-            save_edge(row, right)
-        carry = torch.cat(below, dim=-1) if below else None
-        yield tops[row], torch.cat(finished, dim=-1)
+            window = next(weighted)[:, :high, :wide]
+            if total is None:
+                total = window.new_zeros(len(window), high, lefts[columns[-1]] + wide - left)
+                if load_edge:
+                    edge = load_edge(row)
+                    total[..., : edge.shape[-1]] = edge
+            begin = lefts[column] - left
+            total[..., begin : begin + wide] += window
+        assert total is not None
+        if save_edge:
+            save_edge(row, total[..., done:])
+        total = total[..., :done]
+        if carry is not None:
+            total[:, : carry.shape[1]] += carry
+        rows_done = tops[row + 1] - tops[row]
+        carry = total[:, rows_done:].clone() if row != rows[-1] else None  # a view would keep all
+        yield tops[row], total[:-1, :rows_done] / total[-1, :rows_done]
