@@ -20,7 +20,7 @@ from rasterio.transform import Affine, from_origin  # noqa: E402
 from vision_mamba.data import open_dataset  # noqa: E402
 from vision_mamba.errors import UserError  # noqa: E402
 from vision_mamba.geo import Segmentor, segment_raster  # noqa: E402
-from vision_mamba.geo.products import pixel_areas  # noqa: E402
+from vision_mamba.geo.products import decimated, pixel_areas  # noqa: E402
 from vision_mamba.geo.reader import SceneReader  # noqa: E402
 from vision_mamba.geo.windows import Grid, blend_rows, blend_weights, starts, weigh  # noqa: E402
 
@@ -177,15 +177,40 @@ def test_interrupted_run_goes_on_in_groups_of_columns(tiles, tmp_path, monkeypat
     assert again.windows < 24 and not list((tmp_path / "again").glob(".*"))
 
 
-def test_reader_agrees_with_plain_reads(tiles, tmp_path):
+def test_gdal_cache_is_bounded_while_it_runs(tiles, tmp_path):
+    from rasterio.env import get_gdal_config
+
+    scene, found, inner = write(tmp_path / "scene.tif", mosaic(tiles, 100, 130)), [], network()
+    before = get_gdal_config("GDAL_CACHEMAX")
+    watched = segmentor()
+    watched.model = lambda x: (found.append(get_gdal_config("GDAL_CACHEMAX")), inner(x))[1]
+    segment_raster(scene, tmp_path, watched, window=64, progress=False)
+    assert set(found) == {64 * 2**20} and get_gdal_config("GDAL_CACHEMAX") == before
+
+
+def test_picture_of_a_wide_scene(tmp_path, monkeypatch):
+    """Read in groups of columns, every column comes from its own place."""
+    ramp = np.broadcast_to(np.arange(1, 6001, dtype=np.uint16), (1, 40, 6000))
+    with rasterio.open(write(tmp_path / "ramp.tif", ramp)) as scene:
+        whole = decimated(scene, None)
+        monkeypatch.setattr("vision_mamba.geo.products._COLUMNS", 512)
+        groups = decimated(scene, None)
+    step = 1 / (1600 * 0.96)  # of a pixel of the picture, between the 2nd and 98th percentile
+    assert whole.shape == groups.shape == (11, 1600, 3) and np.abs(whole - groups).max() < 1.5 * step
+    assert (np.diff(groups[0, :, 0]) >= 0).all()
+
+
+def test_reader_agrees_with_plain_reads(tiles, tmp_path, monkeypatch):
     """Windows cut from rows that are read once are those that rasterio reads one by one, nodata and borders alike."""
     bands = mosaic(tiles, 300, 410).astype(np.float32)
     bands[1, 50:150, 30:200] = np.nan
     bands[:, 120:280, 150:400] = -9999
-    scene = write(tmp_path / "scene.tif", bands, nodata=-9999)
-    model = segmentor(eight_bit=False)
-    for height, window, overlap, batch_size in ((300, 96, 24, 4), (300, 128, 100, 5), (60, 512, 0, 2)):
-        path = write(tmp_path / "part.tif", bands[:, :height], nodata=-9999) if height < 300 else scene
+    monkeypatch.setattr("vision_mamba.geo.reader._READERS", 3)
+    tiled, model = dict(tiled=True, blockxsize=64, blockysize=32), segmentor(eight_bit=False)
+    for height, window, overlap, batch_size, options in (
+        (300, 96, 24, 4, {}), (300, 128, 100, 5, tiled), (60, 512, 0, 2, {}), (300, 96, 24, 4, dict(tiled, compress="lzw")),
+    ):  # fmt: skip
+        path = write(tmp_path / "part.tif", bands[:, :height], nodata=-9999, **options)
         reader, grid = SceneReader(path, model), Grid(height, 410, window, overlap)
         rows, columns = range(len(grid.tops) // 2, len(grid.tops)), range(len(grid.lefts) // 3, len(grid.lefts))
         found = []
