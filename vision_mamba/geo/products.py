@@ -6,7 +6,6 @@ import csv
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,22 +128,13 @@ def write_products(
             writer.close()
     if not pixels.sum():
         raise UserError(f"{source} holds nothing but nodata: there is nothing to segment")
-
-    def place(path: Path) -> None:
+    for path in wanted:  # one after the other: together they would be faster, and hold twice the memory
         with replacing(path) as temporary:
             rasterio_copy(
                 plain[path], temporary, driver="COG", compress="deflate", blocksize=512, bigtiff="if_safer",
                 overview_resampling="mode" if path == files.classes else "average", num_threads="all_cpus",
             )  # fmt: skip
         plain[path].unlink()
-
-    def look() -> np.ndarray:
-        with rasterio.open(source) as scene:
-            return decimated(scene, segmentor.bands)
-
-    with ThreadPoolExecutor(len(wanted) + 1) as pool:  # each has parts that one thread does
-        image = pool.submit(look)
-        list(pool.map(place, wanted))
     if files.polygons is not None:
         with replacing(files.polygons) as temporary:
             write_polygons(files.classes, temporary, classes, simplify=simplify, min_area=min_area)
@@ -157,7 +147,7 @@ def write_products(
             area = "" if found_hectares is None else f"{found_hectares[name]:.4f}"
             table.writerow([name, count, f"{count / pixels.sum():.6f}", area])
     with replacing(files.picture) as temporary:
-        quick_look(image.result(), files.classes, classes, palette, temporary)
+        quick_look(source, files.classes, classes, palette, segmentor.bands, temporary)
     return found_pixels, found_hectares
 
 
@@ -294,15 +284,18 @@ def decimated(scene, bands: Sequence[int] | None) -> np.ndarray:
     return np.where(valid[..., None], np.nan_to_num((image - low) / np.maximum(high - low, 1e-6)).clip(0, 1), 0.0)
 
 
-def quick_look(image: np.ndarray, class_map: Path, classes: Sequence[str], palette, path: Path) -> None:
-    """A small picture: the scene, (height, width, 3) in 0..1, and the classes over it with a legend."""
+def quick_look(source, class_map: Path, classes: Sequence[str], palette, bands, path: Path) -> None:
+    """A small picture: the scene, and the classes over it with a legend."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    with load_rasterio().open(class_map) as found:
+    rasterio = load_rasterio()
+    with rasterio.open(source) as scene:
+        image = decimated(scene, bands)
+    with rasterio.open(class_map) as found:
         numbers = found.read(1, out_shape=image.shape[:2])
     size, valid = image.shape[:2], numbers != NODATA
     table = np.zeros((256, 3), np.float32)
@@ -313,7 +306,7 @@ def quick_look(image: np.ndarray, class_map: Path, classes: Sequence[str], palet
     wide = 7 * size[1] / max(size)
     figure = Figure(figsize=(2 * wide + 2.2, max(7 * size[0] / max(size), 2.5)), layout="constrained", dpi=150)
     for axes, picture in zip(figure.subplots(1, 2), (image, over), strict=True):
-        axes.imshow(picture)
+        axes.imshow((255 * picture).round().astype(np.uint8))  # of floats matplotlib holds several copies in float64
         axes.set_axis_off()
     handles = [Patch(color=np.array(palette[i]) / 255, label=classes[i]) for i in present[:40]]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
