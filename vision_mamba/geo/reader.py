@@ -24,7 +24,7 @@ from .models import SceneModel
 from .windows import Grid
 
 _READERS = min(8, os.cpu_count() or 1)  # threads that decode
-_CACHE = 64 * 2**20  # bytes of blocks that GDAL keeps: a panel's row of the file's tiles, and those that are written
+_CACHE = 40 * 2**20  # bytes of blocks that GDAL keeps: a panel's row of the file's tiles, and those that are written
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_PANEL = 4096  # pixels: what is held of a scene's width at once
+_PANEL = 3072  # pixels: what is held of a scene's width at once
 
 
 def starts(length: int, window: int, overlap: int) -> list[int]:
