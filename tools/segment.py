@@ -12,14 +12,13 @@ the checkpoint. A scene that another run began goes on with --resume. The exit s
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from vision_mamba.engine.distributed import start_processes, stop_processes
 from vision_mamba.engine.evaluate import choose_device
 from vision_mamba.errors import UserError, run_main
 from vision_mamba.geo import load_exported, load_mmseg, segment_raster
-from vision_mamba.geo.arguments import add_scene_arguments, check_scene_arguments
+from vision_mamba.geo.arguments import add_scene_arguments, check_scene_arguments, for_each_scene
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,48 +35,46 @@ def main(argv: list[str] | None = None) -> int:
         "--simplify", type=float, default=1.0, metavar="PIXELS", help="of outlines (default: %(default)s)"
     )
     parser.add_argument("--min-area", type=float, default=0.0, metavar="M2", help="smallest outline, square metres")
-    parser.add_argument("--resume", action="store_true", help="go on with interrupted scenes")
     exported = parser.add_argument_group("exported models only, where the file does not say it")
     exported.add_argument("--classes", nargs="+", help="names in the order of the scores")
     exported.add_argument("--mean", type=float, nargs="+", help="a value a band")
     exported.add_argument("--std", type=float, nargs="+", help="a value a band")
     args = parser.parse_args(argv)
     check_scene_arguments(args)
+    exported_file = Path(args.config).suffix in (".pt2", ".onnx")
+    if exported_file and args.checkpoint != "-":
+        raise UserError(f"{args.config} has weights of its own; give - for the checkpoint, not {args.checkpoint}")
 
     _, amp = choose_device(args.device, args.amp)
     device, rank, world_size = start_processes(args.device)
 
-    if Path(args.config).suffix in (".pt2", ".onnx"):
+    if exported_file:
         segmentor = load_exported(
             args.config, args.classes, args.mean, args.std, device=device, amp=amp, bands=args.bands
         )
     else:
         segmentor = load_mmseg(args.config, args.checkpoint, device=device, amp=amp, bands=args.bands)
-    failed = 0
-    for scene in args.scenes:
-        try:
-            report = segment_raster(
-                scene, args.out, segmentor, window=args.window, overlap=args.overlap, batch_size=args.batch_size,
-                blend=args.blend, tta=args.tta, scales=args.scales, value_range=args.value_range,
-                probabilities=args.probabilities, polygons=args.polygons, simplify=args.simplify,
-                min_area=args.min_area, resume=args.resume, overwrite=args.overwrite, rank=rank, world_size=world_size,
-            )  # fmt: skip
-        except UserError as error:
-            if world_size > 1 or len(args.scenes) == 1:
-                raise
-            print(f"failed: {error}", file=sys.stderr)
-            failed += 1
-            continue
+
+    def run(scene: str) -> None:
+        report = segment_raster(
+            scene, args.out, segmentor, window=args.window, overlap=args.overlap, batch_size=args.batch_size,
+            blend=args.blend, tta=args.tta, scales=args.scales, value_range=args.value_range,
+            probabilities=args.probabilities, polygons=args.polygons, simplify=args.simplify,
+            min_area=args.min_area, resume=args.resume, overwrite=args.overwrite, rank=rank, world_size=world_size,
+        )  # fmt: skip
         if rank == 0:
             print_report(scene, report)
+
+    status = for_each_scene(args.scenes, world_size, run)
     stop_processes()
-    return 2 if failed else 0
+    return status
 
 
 def print_report(scene: str, report) -> None:
     total = sum(report.pixels.values())
     print(
-        f"\n{scene}: {report.windows} windows in {report.seconds:.0f} s, {report.windows / report.seconds:.1f} a second"
+        f"\n{scene}: {report.windows} windows in {report.inference_seconds:.0f} s, "
+        f"{report.windows / report.inference_seconds:.1f} a second; {report.seconds:.0f} s with the results written"
     )
     if report.hectares is None:
         print("the raster has no coordinate system: results have none either, and areas are in pixels")

@@ -1,6 +1,13 @@
 """Objects of a whole raster: each once, wherever the windows lie, and where it is on the map."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,3 +103,95 @@ def test_nothing_found(scene, tmp_path):
     found = detect_raster(path, tmp_path / "out", detector(), window=256, score=0.95, progress=False)
     assert len(found.boxes) == 0 and json.loads(found.files[1].read_text()) == []
     assert len(pyogrio.raw.read(found.files[0])[2]) == 0
+
+
+#: A process that looks for the squares, slowly enough to be killed in between.
+PROCESS = """
+import sys, time
+from tests.geo.test_detect import bright_squares, detector
+from vision_mamba.engine.distributed import start_processes, stop_processes
+from vision_mamba.geo import detect_raster
+
+def slowly(x):
+    time.sleep(float(sys.argv[3]))
+    return bright_squares(x)
+
+_, rank, world_size = start_processes("cpu")
+slow = detector()
+slow.model = slowly
+found = detect_raster(sys.argv[1], sys.argv[2], slow, window=97, overlap=40, batch_size=3, progress=False,
+    resume=True, rank=rank, world_size=world_size)
+sys.stdout.write(f"saw {found.windows}\\n")  # in one piece: two processes share the pipe
+stop_processes()
+"""
+
+
+def start(launcher, path, out, seconds, **options):
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    call = [*launcher, sys.executable, "-c", PROCESS, str(path), str(out), str(seconds)]
+    return subprocess.Popen(call, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, **options)
+
+
+def written(folder):
+    """COCO results, and what a reader sees of the GeoPackage (the file holds its time of writing)."""
+    text = (folder / "scene_objects.json").read_text()
+    _, _, shapes, columns = pyogrio.raw.read(folder / "scene_objects.gpkg")
+    return text, [bytes(shape) for shape in shapes], [list(column) for column in columns]
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_and_finds_the_same(scene, tmp_path):
+    path, *_ = scene
+    whole = detect_raster(path, tmp_path / "whole", detector(), window=97, overlap=40, batch_size=3, progress=False)
+    out = tmp_path / "killed"
+    process = start([], path, out, 0.2)
+    part = out / ".scene_objects.partial" / "000-000002.npy"
+    while not part.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not list(out.glob("scene*"))
+    same = dict(window=97, overlap=40, batch_size=3, progress=False)
+    with pytest.raises(UserError, match="interrupted run; --resume goes on"):
+        detect_raster(path, out, detector(), **same)
+    with pytest.raises(UserError, match="begun with another score;"):
+        detect_raster(path, out, detector(), **same, score=0.5, resume=True)
+    again = detect_raster(path, out, detector(), **same, resume=True)
+    assert 0 < again.windows < whole.windows
+    assert written(out) == written(tmp_path / "whole")
+    assert not (out / ".scene_objects.partial").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_scene(scene, tmp_path):
+    """Objects on the border between their rows too are found once."""
+    path, boxes, _ = scene
+    whole = detect_raster(path, tmp_path / "whole", detector(), window=97, overlap=40, batch_size=3, progress=False)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29618"]
+    process = start([*launch, "--no-python"], path, tmp_path / "both", 0)
+    text, _ = process.communicate()
+    assert process.returncode == 0
+    seen = [int(number) for number in re.findall(r"saw (\d+)\n", text)]
+    # Each saw its rows alone, and at most two windows before them that complete a batch.
+    assert len(seen) == 2 and max(seen) < 0.6 * whole.windows
+    assert written(tmp_path / "both") == written(tmp_path / "whole") and len(whole.boxes) == len(boxes)
+
+
+def test_groups_of_columns(scene, tmp_path, monkeypatch):
+    path, boxes, kinds = scene
+    monkeypatch.setattr("vision_mamba.geo.windows._PANEL", 160)
+    found = detect_raster(path, tmp_path / "out", detector(), window=128, overlap=32, batch_size=3, progress=False)
+    order, expected = (np.lexsort((b[:, 0], b[:, 1])) for b in (found.boxes, boxes))
+    assert np.array_equal(found.boxes.numpy()[order], boxes[expected])
+    assert np.array_equal(found.labels.numpy()[order], kinds[expected])
+
+
+def test_full_disk_is_named(scene, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vision_mamba.geo.parts.np.save", full)
+    with pytest.raises(UserError, match="cannot write to .*No space left on device"):
+        detect_raster(scene[0], tmp_path / "out", detector(), window=128, progress=False)
+    assert not list((tmp_path / "out").glob("scene*"))

@@ -1,5 +1,8 @@
 """Models of mmsegmentation and mmdetection on scenes: the same numbers as through their own pipelines."""
 
+import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from tests.conftest import assert_close
 from vision_mamba.errors import UserError
 from vision_mamba.geo import load_exported, load_mmdet, load_mmseg
 
+TOOL = Path(__file__).parents[2] / "tools" / "detect.py"
 CONFIGS = Path(__file__).parents[2] / "configs"
 BACKBONE = 'backbone=dict(model_name="test_vmamba", pretrained=False)'
 SEGMENTOR = f"""
@@ -77,6 +81,27 @@ def test_detector(tmp_path):
     assert len(boxes) > 0 and torch.equal(labels, expected.pred_instances.labels)
     assert_close("boxes", boxes, expected.pred_instances.bboxes, 1e-5)
     assert_close("scores", scores, expected.pred_instances.scores, 1e-5)
+
+
+def test_detect_tool(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    config, checkpoint, _ = saved(tmp_path, "det", DETECTOR)
+    Image.fromarray(picture().permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
+
+    def call(scene):
+        options = ["--out", str(tmp_path), "--window", "64", "--score", "0", "--resume", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["detect.py", str(config), str(checkpoint), str(scene), *options])
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        return done.value.code, capsys.readouterr()
+
+    status, said = call(tmp_path / "none.png")
+    assert status == 2 and said.err == f"error: no raster {tmp_path / 'none.png'}\n"
+    status, said = call(tmp_path / "photo.png")
+    assert status == 0 and " objects; 6 windows in " in said.out
+    found = json.loads((tmp_path / "photo_objects.json").read_text())
+    assert found and {r["image_id"] for r in found} == {"photo.png"}
 
 
 def test_wrong_files_are_named(tmp_path):

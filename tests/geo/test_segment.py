@@ -20,8 +20,9 @@ from rasterio.transform import Affine, from_origin  # noqa: E402
 from vision_mamba.data import open_dataset  # noqa: E402
 from vision_mamba.errors import UserError  # noqa: E402
 from vision_mamba.geo import Segmentor, segment_raster  # noqa: E402
-from vision_mamba.geo.products import pixel_areas  # noqa: E402
-from vision_mamba.geo.windows import Grid, blend_rows, blend_weights, starts  # noqa: E402
+from vision_mamba.geo.products import decimated, pixel_areas  # noqa: E402
+from vision_mamba.geo.reader import SceneReader  # noqa: E402
+from vision_mamba.geo.windows import Grid, blend_rows, blend_weights, starts, weigh  # noqa: E402
 
 TOOL = Path(__file__).parents[2] / "tools" / "segment.py"
 UTM = rasterio.crs.CRS.from_epsg(32617)
@@ -91,14 +92,39 @@ def test_blending_is_the_weighted_mean(height, width, window, overlap, kind):
         total[:, y : y + h, x : x + w] += (score * weights)[:, :h, :w].double()
         weight[y : y + h, x : x + w] += weights[:h, :w].double()
     assert (weight > 0).all()
-    blocks = list(blend_rows(grid, range(len(grid.tops)), scores, weights, lambda piece: piece))
+    weighted = list(weigh(torch.stack(scores), weights))
+    blocks = list(blend_rows(grid, range(len(grid.tops)), weighted))
     assert [top for top, _ in blocks] == grid.tops
     assert torch.allclose(torch.cat([b for _, b in blocks], 1).double(), total / weight, atol=1e-5)
     # From the middle on: everything that the rows asked for need.
     rows = grid.rows_for(height // 2, height)
-    later = list(blend_rows(grid, rows, scores[rows.start * len(grid.lefts) :], weights, lambda piece: piece))
+    later = list(blend_rows(grid, rows, weighted[rows.start * len(grid.lefts) :]))
     again = torch.cat([b for _, b in later], 1)[:, height // 2 - later[0][0] :]
     assert torch.allclose(again.double(), (total / weight)[:, height // 2 :], atol=1e-5)
+
+
+@pytest.mark.parametrize("overlap, panel", [(4, 24), (9, 7), (15, 3), (0, 16)])
+def test_blending_group_by_group_is_the_same(monkeypatch, overlap, panel):
+    """Groups of window columns, each handed what the one before shares with it: to the last bit."""
+    torch.manual_seed(0)
+    grid, weights = Grid(45, 90, 16, overlap), blend_weights(16, overlap, "cosine")
+    scores = {(r, c): torch.rand(2, 16, 16) for r in range(len(grid.tops)) for c in range(len(grid.lefts))}
+
+    def blend(columns, **edges):
+        mine = [scores[r, c] for r in range(len(grid.tops)) for c in columns]
+        blocks = blend_rows(grid, range(len(grid.tops)), weigh(torch.stack(mine), weights), columns=columns, **edges)
+        return torch.cat([block for _, block in blocks], 1)
+
+    whole = blend(range(len(grid.lefts)))
+    monkeypatch.setattr("vision_mamba.geo.windows._PANEL", panel)
+    assert len(grid.panels) > 1 and [c for columns in grid.panels for c in columns] == list(range(len(grid.lefts)))
+    kept, pieces = {}, []
+    for columns in grid.panels:
+        load, save = kept.get if pieces else None, kept.__setitem__ if columns.stop < len(grid.lefts) else None
+        piece = blend(columns, load_edge=load, save_edge=save)
+        assert piece.shape[2] == len(grid.pixels(columns))
+        pieces.append(piece)
+    assert torch.equal(torch.cat(pieces, 2), whole)
 
 
 def test_windows_cover_the_scene():
@@ -123,6 +149,84 @@ def test_blended_windows_agree_with_one_pass(tiles, tmp_path):
         agreement[overlap] = (read(report.files.classes)[0] == whole).mean()
     assert agreement[32] > 0.997 and agreement[0] < 0.98
     assert report.windows == len(starts(700, 128, 32)) * len(starts(530, 128, 32))
+
+
+def test_interrupted_run_goes_on_in_groups_of_columns(tiles, tmp_path, monkeypatch):
+    """A scene of several groups of window columns, stopped in one, is what one group makes of it; batch by batch too."""
+    bands = mosaic(tiles, 1200, 700)
+    bands[:, 200:300, 100:500] = 0
+    scene = write(tmp_path / "scene.tif", bands, nodata=0)
+    options = dict(window=256, overlap=64, progress=False, probabilities=True)
+    one = segment_raster(scene, tmp_path / "one", segmentor(), batch_size=1, **options)
+    monkeypatch.setattr("vision_mamba.geo.windows._PANEL", 192)
+    groups = segment_raster(scene, tmp_path / "groups", segmentor(), batch_size=1, **options)
+    in_threes = segment_raster(scene, tmp_path / "threes", segmentor(), batch_size=3, **options)
+    assert one.windows == groups.windows == in_threes.windows == 24
+    for name in ("classes", "confidence", "probabilities"):
+        assert np.array_equal(read(getattr(one.files, name)), read(getattr(groups.files, name)))
+
+    for batches in (1, 2, 4):  # and then it stops
+        stopped, answers = segmentor(), iter([network()] * batches)
+        stopped.model = lambda x, answers=answers: next(answers)(x)
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            segment_raster(scene, tmp_path / "again", stopped, batch_size=3, resume=True, **options)
+        assert not list((tmp_path / "again").glob("*.tif"))
+    again = segment_raster(scene, tmp_path / "again", segmentor(), batch_size=3, resume=True, **options)
+    for name in ("classes", "confidence", "probabilities"):
+        assert np.array_equal(read(getattr(again.files, name)), read(getattr(in_threes.files, name)))
+    assert again.windows < 24 and not list((tmp_path / "again").glob(".*"))
+
+
+def test_gdal_cache_is_bounded_while_it_runs(tiles, tmp_path):
+    from rasterio.env import get_gdal_config
+
+    scene, found, inner = write(tmp_path / "scene.tif", mosaic(tiles, 100, 130)), [], network()
+    before = get_gdal_config("GDAL_CACHEMAX")
+    watched = segmentor()
+    watched.model = lambda x: (found.append(get_gdal_config("GDAL_CACHEMAX")), inner(x))[1]
+    segment_raster(scene, tmp_path, watched, window=64, progress=False)
+    assert set(found) == {40 * 2**20} and get_gdal_config("GDAL_CACHEMAX") == before
+
+
+def test_picture_of_a_wide_scene(tmp_path, monkeypatch):
+    """Read in groups of columns, every column comes from its own place."""
+    ramp = np.broadcast_to(np.arange(1, 6001, dtype=np.uint16), (1, 40, 6000))
+    with rasterio.open(write(tmp_path / "ramp.tif", ramp)) as scene:
+        whole = decimated(scene, None)
+        monkeypatch.setattr("vision_mamba.geo.products._COLUMNS", 512)
+        groups = decimated(scene, None)
+    step = 1 / (1600 * 0.96)  # of a pixel of the picture, between the 2nd and 98th percentile
+    assert whole.shape == groups.shape == (11, 1600, 3) and np.abs(whole - groups).max() < 1.5 * step
+    assert (np.diff(groups[0, :, 0]) >= 0).all()
+
+
+def test_reader_agrees_with_plain_reads(tiles, tmp_path, monkeypatch):
+    """Windows cut from rows that are read once are those that rasterio reads one by one, nodata and borders alike."""
+    bands = mosaic(tiles, 300, 410).astype(np.float32)
+    bands[1, 50:150, 30:200] = np.nan
+    bands[:, 120:280, 150:400] = -9999
+    monkeypatch.setattr("vision_mamba.geo.reader._READERS", 3)
+    tiled, model = dict(tiled=True, blockxsize=64, blockysize=32), segmentor(eight_bit=False)
+    for height, window, overlap, batch_size, options in (
+        (300, 96, 24, 4, {}), (300, 128, 100, 5, tiled), (60, 512, 0, 2, {}), (300, 96, 24, 4, dict(tiled, compress="lzw")),
+    ):  # fmt: skip
+        path = write(tmp_path / "part.tif", bands[:, :height], nodata=-9999, **options)
+        reader, grid = SceneReader(path, model), Grid(height, 410, window, overlap)
+        rows, columns = range(len(grid.tops) // 2, len(grid.tops)), range(len(grid.lefts) // 3, len(grid.lefts))
+        found = []
+        for batch in reader.batches(grid, columns, rows, batch_size):
+            x = reader.normalised(batch)
+            assert len(x) <= batch_size and x.dtype == torch.float32
+            found += [(x[i].numpy(), batch.empty[i]) for i in batch.wanted]
+        assert len(found) == len(rows) * len(columns)
+        corners = [(grid.tops[r], grid.lefts[c]) for r in rows for c in columns]
+        for (x, empty), (top, left) in zip(found, corners, strict=True):
+            plain = bands[:, top : min(top + window, height), left : left + window]
+            valid = np.isfinite(plain) & (plain != -9999)
+            mean, std = (np.array(v, np.float32)[:, None, None] for v in (MEAN, STD))
+            plain = np.where(valid, (plain - mean) / std, 0)
+            short = [(0, 0), (0, window - plain.shape[1]), (0, window - plain.shape[2])]
+            assert np.array_equal(x, np.pad(plain, short, mode="edge")) and empty == (not valid.any())
 
 
 @pytest.mark.parametrize("transform", [NORTH_UP, NORTH_UP * Affine.rotation(30)], ids=["north_up", "rotated"])
@@ -251,7 +355,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_map(tiles, exported, tmp_path
     assert "wrote" in done.stdout and " ha" in done.stdout
     out = tmp_path / "killed"
     process = subprocess.Popen(command(exported, scene, out), env=environment, stderr=subprocess.DEVNULL)
-    strip = out / ".scene.partial" / "000001.npy"
+    strip = out / ".scene.partial" / "000-000001.npy"
     while not strip.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -279,7 +383,7 @@ def test_two_processes_share_a_scene(tiles, exported, tmp_path):
         launch + command(exported, scene, tmp_path / "both")[1:], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert (read(tmp_path / "both" / "scene_classes.tif") == read(alone.files.classes)).mean() > 0.9999
+    assert np.array_equal(read(tmp_path / "both" / "scene_classes.tif"), read(alone.files.classes))
 
 
 def test_without_coordinates(tiles, tmp_path):
@@ -338,7 +442,7 @@ def test_full_disk_is_named(tiles, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vision_mamba.geo.scene.np.save", full)
+    monkeypatch.setattr("vision_mamba.geo.parts.np.save", full)
     with pytest.raises(UserError, match="cannot write to .*No space left on device"):
         segment_raster(scene, tmp_path / "out", segmentor(), window=64, progress=False)
     assert not list((tmp_path / "out").glob("scene*"))

@@ -326,7 +326,10 @@ def _open_onnx(path: Path, device: torch.device) -> ExportedModel:
         raise UserError(
             f"{path} cannot be read by onnxruntime {onnxruntime.__version__}: {_first_line(error)}"
         ) from None
-    name, expected = session.get_inputs()[0].name, session.get_inputs()[0].shape
+    name, expected, kind = (getattr(session.get_inputs()[0], key) for key in ("name", "shape", "type"))
+    numbers = {f"tensor({text})": dtype for text, dtype in (("float", "f4"), ("float16", "f2"), ("double", "f8"))}
+    if kind not in numbers:
+        raise UserError(f"{path} takes {kind} where normalised images are floating-point numbers")
 
     def run(x: Tensor) -> Tensor:
         given = tuple(x.shape)
@@ -334,7 +337,12 @@ def _open_onnx(path: Path, device: torch.device) -> ExportedModel:
             isinstance(e, int) and e != g for e, g in zip(expected, given, strict=True)
         ):
             raise _wrong_shape(path, x, f"expected {tuple(expected)}")
-        return torch.from_numpy(session.run(None, {name: x.detach().cpu().numpy()})[0]).to(x.device)
+        images = x.detach().cpu().numpy().astype(numbers[kind], copy=False)
+        try:
+            found = session.run(None, {name: images})[0]
+        except Exception as error:  # of sizes that are free in the file and do not fit its operators
+            raise _wrong_shape(path, x, error) from None
+        return torch.from_numpy(found).to(x.device)
 
     text = session.get_modelmeta().custom_metadata_map.get(_KEY)
     return ExportedModel(run, json.loads(text) if text else {})

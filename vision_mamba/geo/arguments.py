@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vision_mamba.engine.evaluate import AMP_DTYPES
@@ -22,6 +24,7 @@ def add_scene_arguments(parser: argparse.ArgumentParser, *, window: int, batch_s
     parser.add_argument(
         "--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="for 8-bit models on other rasters"
     )
+    parser.add_argument("--resume", action="store_true", help="go on with interrupted scenes")
     parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="none", help="autocast type")
@@ -39,3 +42,22 @@ def check_scene_arguments(args: argparse.Namespace) -> None:
     missing = [scene for scene in args.scenes if "://" not in scene and not Path(scene).exists()]
     if missing:
         raise UserError(f"no raster {missing[0]}")
+
+
+def for_each_scene(scenes: Sequence[str], world_size: int, run: Callable[[str], None]) -> int:
+    """Runs a scene after the other. One that fails is named and the others go on, but where several processes wait for
+    each other, or it is the only one.
+
+    Returns:
+        The tool's exit status: 2 where a scene failed, else 0.
+    """
+    status = 0
+    for scene in scenes:
+        try:
+            run(scene)
+        except UserError as error:
+            if world_size > 1 or len(scenes) == 1:
+                raise
+            print(f"failed: {error}", file=sys.stderr)
+            status = 2
+    return status

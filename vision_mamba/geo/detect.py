@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
-from tqdm import tqdm
 
 from vision_mamba.data.rasters import load_rasterio
+from vision_mamba.engine.distributed import barrier
 from vision_mamba.engine.plots import replacing
 from vision_mamba.errors import UserError
 
 from .models import Detector
+from .parts import Parts, Writer
 from .products import decimated, refuse_existing
-from .reader import SceneReader, ahead
+from .reader import Batch, SceneReader, each_window, gdal_options
 from .windows import Grid
 
 
@@ -35,16 +37,19 @@ class Detections:
         scores: (n,).
         labels: (n,) class numbers.
         files: what was written.
-        seconds: of the run.
+        windows: windows that the model saw in this run.
+        seconds: of this run.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     files: list[Path]
+    windows: int
     seconds: float
 
 
+@gdal_options()
 def detect_raster(
     source: str | os.PathLike,
     out: str | os.PathLike,
@@ -56,7 +61,10 @@ def detect_raster(
     score: float = 0.3,
     iou: float = 0.5,
     value_range: Sequence[float] | None = None,
+    resume: bool = False,
     overwrite: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
     progress: bool = True,
 ) -> Detections:
     """Objects of a raster of any size, each once.
@@ -76,11 +84,15 @@ def detect_raster(
         score: objects below are left out.
         iou: overlap above which the weaker of two objects of a class goes.
         value_range: values of the raster that become 0 and 255, for a model of 8-bit images on other numbers.
+        resume: go on with a run that was interrupted.
         overwrite: replace results that exist.
+        rank, world_size: this process and how many share the scene; rank 0 writes the results, all return them.
         progress: show windows a second and the time left.
 
     Raises:
-        UserError: the raster cannot be read, has other bands than the model, or results exist.
+        UserError: the raster cannot be read, has other bands than the model, or results exist; options differ from
+            the run to resume; the disk is full.
+        ValueError: a window and overlap that do not fit.
     """
     begun = time.monotonic()
     overlap = window // 4 if overlap is None else overlap
@@ -88,54 +100,74 @@ def detect_raster(
     grid = Grid(reader.height, reader.width, window, overlap)
     stem = Path(out) / f"{Path(source).stem}_objects"
     files = [stem.with_suffix(suffix) for suffix in (".gpkg", ".json", ".png")]
-    refuse_existing(files, overwrite)
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    corners = _corners(grid)
-    bar = tqdm(total=len(grid.tops) * len(grid.lefts), unit=" windows", desc=Path(source).name, disable=not progress)
-    with bar, closing(ahead(reader.batches(grid, range(len(grid.tops)), batch_size), 2)) as batches:
-        for x, empty in batches:
-            found = []
-            if not empty.all():
-                with torch.inference_mode(), detector.autocast():
-                    found = detector.model(x.to(detector.device))
-            for i in range(len(x)):
-                top, left, own = next(corners)
-                if found and not empty[i]:
-                    boxes, scores, labels = (t.detach().float().cpu() for t in found[i])
-                    boxes = boxes + torch.tensor([left, top, left, top])
-                    x_centre, y_centre = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
-                    inside = (own[0] <= x_centre) & (x_centre < own[2]) & (own[1] <= y_centre) & (y_centre < own[3])
-                    chosen = inside & (scores >= score)
-                    kept.append((boxes[chosen], scores[chosen], labels[chosen].long()))
-            bar.update(len(x))
-    empty_set = (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long))
-    boxes, scores, labels = (torch.cat(parts) for parts in zip(empty_set, *kept, strict=True))
-    boxes[:, 0::2] = boxes[:, 0::2].clamp(0, reader.width)
-    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, reader.height)
-    chosen = batched_nms(boxes, scores, labels, iou)
-    boxes, scores, labels = boxes[chosen], scores[chosen], labels[chosen]
+    options = dict(batch_size=batch_size, score=score, value_range=value_range, classes=list(detector.classes))
+    parts = Parts(stem.with_name(f".{stem.name}.partial"), reader, grid, len(grid.tops), options)
+    if rank == 0:
+        refuse_existing(files, overwrite)
+    parts.open(resume=resume, overwrite=overwrite, rank=rank)
+    x_owned, y_owned = _owned(grid.lefts, grid), _owned(grid.tops, grid)
+    seen = 0
+
+    def look(batch: Batch) -> list[np.ndarray]:
+        """Objects of each window, (n, 6): box in pixels of the window, score, class."""
+        nonlocal seen
+        seen += len(batch.empty)
+        nothing = np.zeros((0, 6))
+        if batch.empty.all():
+            return [nothing] * len(batch.empty)
+        with torch.inference_mode(), detector.autocast():
+            found = detector.model(reader.normalised(batch))
+        return [
+            nothing if empty else torch.cat([boxes.double(), scores[:, None], labels[:, None]], dim=1).cpu().numpy()
+            for (boxes, scores, labels), empty in zip(found, batch.empty, strict=True)
+        ]
+
+    planned = [
+        (panel, rows) for panel in range(len(grid.panels)) for rows in parts.missing(panel, rank, world_size)
+    ]  # fmt: skip
     try:
-        with replacing(files[0]) as temporary:
-            _write_boxes(temporary, reader, detector.classes, boxes, scores, labels)
-        with replacing(files[1]) as temporary:
-            temporary.write_text(json.dumps(coco_results(Path(source).name, boxes, scores, labels)) + "\n")
-        with replacing(files[2]) as temporary:
-            _picture(source, reader, detector, boxes, labels, temporary)
+        with parts.progress(source, planned, progress and rank == 0) as bar, Writer() as writer:
+            for panel, rows in planned:
+                columns = grid.panels[panel]
+                with closing(each_window(reader, grid, columns, rows, batch_size, look, bar)) as windows:
+                    for row in rows:
+                        kept = []
+                        for column in columns:
+                            found = next(windows) + np.array([grid.lefts[column], grid.tops[row]] * 2 + [0, 0])
+                            x, y = (found[:, 0] + found[:, 2]) / 2, (found[:, 1] + found[:, 3]) / 2
+                            (left, right), (top, bottom) = x_owned[column], y_owned[row]
+                            inside = (left <= x) & (x < right) & (top <= y) & (y < bottom)
+                            kept.append(found[inside & (found[:, 4] >= score)])
+                        writer.submit(parts.save, parts.path(panel, row), np.concatenate(kept))
+            writer.finish()
+        barrier()
+        found = np.concatenate([
+            np.load(parts.path(panel, row)) for panel in range(len(grid.panels)) for row in range(len(grid.tops))
+        ])  # fmt: skip
+        boxes, scores = torch.from_numpy(found[:, :4]).float(), torch.from_numpy(found[:, 4]).float()
+        labels = torch.from_numpy(found[:, 5]).long()
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, reader.width)
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, reader.height)
+        chosen = batched_nms(boxes, scores, labels, iou)
+        boxes, scores, labels = boxes[chosen], scores[chosen], labels[chosen]
+        if rank == 0:
+            with replacing(files[0]) as temporary:
+                _write_boxes(temporary, reader, detector.classes, boxes, scores, labels)
+            with replacing(files[1]) as temporary:
+                temporary.write_text(json.dumps(coco_results(Path(source).name, boxes, scores, labels)) + "\n")
+            with replacing(files[2]) as temporary:
+                _picture(source, reader, detector, boxes, labels, temporary)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
-    return Detections(boxes, scores, labels, files, time.monotonic() - begun)
+    parts.close(rank)
+    return Detections(boxes, scores, labels, files, seen, time.monotonic() - begun)
 
 
-def _corners(grid: Grid) -> Iterator[tuple[int, int, tuple[float, float, float, float]]]:
-    """For each window its top, left, and the box of centres that it owns: to the middle of each overlap."""
-
-    def owned(begins: list[int], length: int) -> list[tuple[float, float]]:
-        borders = [(a + grid.window + b) / 2 for a, b in zip(begins, begins[1:], strict=False)]
-        return list(zip([-1.0, *borders], [*borders, length + 1.0], strict=True))
-
-    for top, rows in zip(grid.tops, owned(grid.tops, grid.height), strict=True):
-        for left, columns in zip(grid.lefts, owned(grid.lefts, grid.width), strict=True):
-            yield top, left, (columns[0], rows[0], columns[1], rows[1])
+def _owned(begins: list[int], grid: Grid) -> list[tuple[float, float]]:
+    """For the windows of one axis the box centres that each owns: to the middle of each overlap, and beyond the scene
+    at its borders."""
+    borders = [(a + grid.window + b) / 2 for a, b in zip(begins, begins[1:], strict=False)]
+    return list(zip([-math.inf, *borders], [*borders, math.inf], strict=True))
 
 
 def coco_results(name: str, boxes: Tensor, scores: Tensor, labels: Tensor) -> list[dict]:

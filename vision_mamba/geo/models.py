@@ -95,6 +95,9 @@ class Segmentor(SceneModel):
                     view = F.interpolate(view, sides, mode="bilinear", align_corners=False)
                 with self.autocast():
                     logits = self.model(view)
+                if not isinstance(logits, Tensor) or logits.ndim != 4:
+                    what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+                    raise UserError(f"the model gives {what}, not scores of pixels (images, classes, height, width)")
                 logits = torch.rot90(logits.float(), -turn, (-2, -1)) if turn else logits.float()
                 logits = logits.flip(-1) if flip else logits
                 if logits.shape[-2:] != size:

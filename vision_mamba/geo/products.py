@@ -20,6 +20,7 @@ from .models import Segmentor
 
 NODATA = 255
 _QUICK_LOOK = 1600  # pixels of its longer side, at most
+_COLUMNS = 4096  # pixels of the scene's width that are read at once for it
 _POLYGONS = 20_000  # written at once
 
 
@@ -52,17 +53,6 @@ class SceneFiles:
         found = (self.classes, self.confidence, self.probabilities, self.polygons, self.areas, self.picture)
         return [path for path in found if path is not None]
 
-    def check(self, overwrite: bool) -> None:
-        """
-        Raises:
-            UserError: a result exists, or the folder cannot be made.
-        """
-        refuse_existing(self.results(), overwrite)
-        try:
-            self.work.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {self.work.parent}: {error.strerror}") from None
-
 
 def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
     """
@@ -77,7 +67,7 @@ def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
 def write_products(
     files: SceneFiles,
     profile: dict[str, Any],
-    read: Callable[[], Iterator[tuple[int, np.ndarray]]],
+    read: Callable[[], Iterator[tuple[int, int, np.ndarray]]],
     segmentor: Segmentor,
     *,
     simplify: float,
@@ -88,8 +78,9 @@ def write_products(
 
     Args:
         profile: the scene's crs, transform, width and height.
-        read: gives the first row and the planes (class, confidence, then probabilities; NODATA where there is
-            no data), uint8 (planes, rows, width), strip by strip.
+        read: gives the first row, the first column and the planes (class, confidence, then probabilities; NODATA
+            where there is no data), uint8 (planes, rows, columns), block by block: of 512 rows and a multiple of 512
+            columns but at the scene's ends, in row order.
         source: the scene, for the picture.
 
     Returns:
@@ -119,8 +110,8 @@ def write_products(
             1, {NODATA: (0, 0, 0, 0), **{i: (*rgb, 255) for i, rgb in enumerate(palette)}}
         )
         writers[files.classes].update_tags(**{f"CLASS_{i}": name for i, name in enumerate(classes)})
-        for top, planes in read():
-            box = rasterio.windows.Window(0, top, planes.shape[2], planes.shape[1])
+        for top, left, planes in read():
+            box = rasterio.windows.Window(left, top, planes.shape[2], planes.shape[1])
             for path, wanted_planes in wanted.items():
                 writers[path].write(planes[wanted_planes], window=box)
             counts = np.stack([np.bincount(row, minlength=256)[: len(classes)] for row in planes[0]])
@@ -137,7 +128,7 @@ def write_products(
             writer.close()
     if not pixels.sum():
         raise UserError(f"{source} holds nothing but nodata: there is nothing to segment")
-    for path in wanted:
+    for path in wanted:  # one after the other: together they would be faster, and hold twice the memory
         with replacing(path) as temporary:
             rasterio_copy(
                 plain[path], temporary, driver="COG", compress="deflate", blocksize=512, bigtiff="if_safer",
@@ -268,12 +259,25 @@ def decimated(scene, bands: Sequence[int] | None) -> np.ndarray:
     Returns:
         (height, width, 3) float32 in 0..1, of at most 1600 pixels a side.
     """
+    from rasterio.windows import Window
+
     factor = max(scene.width, scene.height, _QUICK_LOOK) / _QUICK_LOOK
     size = (max(round(scene.height / factor), 1), max(round(scene.width / factor), 1))
     chosen = list(bands or range(1, min(scene.count, 3) + 1))[:3]
     chosen = chosen if len(chosen) == 3 else chosen[:1] * 3
-    image = scene.read(chosen, out_shape=(3, *size)).astype(np.float32).transpose(1, 2, 0)
-    valid = (scene.read_masks(chosen, out_shape=(3, *size)) > 0).any(0) & np.isfinite(image).all(-1)
+    image, valid = np.zeros((3, *size), np.float32), np.zeros(size, bool)
+    # Group by group of columns: a row of tiles of the whole width need not fit into GDAL's cache, and would be decoded
+    # anew for each line of the picture.
+    groups = min(-(-scene.width // _COLUMNS), size[1])
+    for i in range(groups):
+        columns = slice(size[1] * i // groups, size[1] * (i + 1) // groups)
+        begin, end = (round(column * scene.width / size[1]) for column in (columns.start, columns.stop))
+        box = Window(begin, 0, end - begin, scene.height)
+        shape = (3, size[0], columns.stop - columns.start)
+        image[:, :, columns] = scene.read(chosen, window=box, out_shape=shape)
+        valid[:, columns] = (scene.read_masks(chosen, window=box, out_shape=shape) > 0).any(0)
+    image = image.transpose(1, 2, 0)
+    valid &= np.isfinite(image).all(-1)
     if not valid.any():
         return np.zeros_like(image)
     low, high = np.percentile(image[valid], (2, 98), axis=0)
@@ -302,7 +306,7 @@ def quick_look(source, class_map: Path, classes: Sequence[str], palette, bands, 
     wide = 7 * size[1] / max(size)
     figure = Figure(figsize=(2 * wide + 2.2, max(7 * size[0] / max(size), 2.5)), layout="constrained", dpi=150)
     for axes, picture in zip(figure.subplots(1, 2), (image, over), strict=True):
-        axes.imshow(picture)
+        axes.imshow((255 * picture).round().astype(np.uint8))  # of floats matplotlib holds several copies in float64
         axes.set_axis_off()
     handles = [Patch(color=np.array(palette[i]) / 255, label=classes[i]) for i in present[:40]]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from vision_mamba.engine.distributed import barrier
 from vision_mamba.errors import UserError
 
 from .models import TTA, Segmentor
-from .products import NODATA, SceneFiles, write_products
-from .reader import SceneReader, ahead
-from .windows import Grid, blend_rows, blend_weights
+from .parts import Parts, Writer
+from .products import NODATA, SceneFiles, refuse_existing, write_products
+from .reader import Batch, SceneReader, each_window, gdal_options, to_device
+from .windows import Grid, blend_rows, blend_weights, weigh
 
 STRIP = 512  # pixel rows that are stored at once: the height of a tile of the output
+_BLOCK = 4096  # pixel columns that are written at once
 _FRACTIONS = 254  # confidence and probabilities: 0 to 254 for 0 to 1, 255 for nodata
 
 
@@ -41,6 +39,7 @@ class SceneReport:
         pixels: pixels a class.
         windows: windows that the model saw in this run.
         seconds: of this run.
+        inference_seconds: of these, until the last window's rows were stored; then the results were written.
     """
 
     files: SceneFiles
@@ -48,8 +47,10 @@ class SceneReport:
     pixels: dict[str, int]
     windows: int
     seconds: float
+    inference_seconds: float
 
 
+@gdal_options()
 def segment_raster(
     source: str | os.PathLike,
     out: str | os.PathLike,
@@ -75,8 +76,8 @@ def segment_raster(
 ) -> SceneReport:
     """Class map of a raster of any size, in its own coordinates.
 
-    Host memory is a few strips of the scene's width whatever its height; windows overlap and their
-    probabilities are blended, so that no seams show.
+    Memory does not grow with the scene; windows overlap and their probabilities are blended, so that no seams
+    show.
 
     Args:
         source: GeoTIFF, COG, VRT, JPEG2000, PNG, JPEG: whatever GDAL opens.
@@ -115,25 +116,17 @@ def segment_raster(
     weights = blend_weights(window, overlap, blend).to(segmentor.device)
     files = SceneFiles.plan(source, out, confidence=confidence, probabilities=probabilities, polygons=polygons)
     options = dict(
-        window=window, overlap=overlap, batch_size=batch_size, blend=blend, tta=tta, scales=list(scales),
-        value_range=value_range, probabilities=probabilities, classes=list(segmentor.classes),
+        batch_size=batch_size, blend=blend, tta=tta, scales=list(scales), value_range=value_range,
+        probabilities=probabilities, classes=list(segmentor.classes),
     )  # fmt: skip
-    strips = _Strips(files.work, reader, options)
+    parts = Parts(files.work, reader, grid, -(-grid.height // STRIP), options)
     if rank == 0:
-        files.check(overwrite)
-        strips.open(resume=resume, overwrite=overwrite)
-    barrier()
+        refuse_existing(files.results(), overwrite)
+    parts.open(resume=resume, overwrite=overwrite, rank=rank)
+    strips = _Strips(parts, reader)
 
     views, num_classes = TTA[tta], len(segmentor.classes)
-    total = len(grid.tops) * len(grid.lefts)
     seen = 0
-    share = strips.missing(rank, world_size)
-    planned = [(run, grid.rows_for(run.start * STRIP, min(run.stop * STRIP, grid.height))) for run in share]
-    count = sum(len(rows) for _, rows in planned) * len(grid.lefts)
-    bar = tqdm(
-        total=total, initial=max(total - count, 0) if world_size == 1 else 0, unit=" windows",
-        desc=Path(source).name, disable=not progress or rank > 0,
-    )  # fmt: skip
 
     def finish(scores: Tensor) -> Tensor:
         best, index = scores.max(0)
@@ -142,120 +135,104 @@ def segment_raster(
             planes += list((scores * _FRACTIONS).round().to(torch.uint8))
         return torch.stack(planes)
 
-    def scores(batches: Iterator[tuple[Tensor, np.ndarray]]) -> Iterator[Tensor]:
+    def look(batch: Batch) -> Tensor:
         nonlocal seen
-        for x, empty in batches:
-            if empty.all():
-                found = torch.full((len(x), num_classes, window, window), 1 / num_classes, device=segmentor.device)
-            else:
-                # Always the same shape: some exported models take no other, and no kernel is chosen anew.
-                full = F.pad(x, (0, 0) * 3 + (0, batch_size - len(x)))
-                with torch.inference_mode():
-                    found = segmentor.probabilities(full.to(segmentor.device, non_blocking=True), views, scales)
-            seen += len(x)
-            bar.update(len(x))
-            yield from found[: len(x)]
+        seen += len(batch.empty)
+        if batch.empty.all():
+            size = len(batch.empty), num_classes, window, window
+            return weigh(torch.full(size, 1 / num_classes, device=segmentor.device), weights)
+        x = reader.normalised(batch)
+        if len(x) < batch_size:
+            # Always the same shape: some exported models take no other, and no kernel is chosen anew.
+            x = F.pad(x, (0, 0) * 3 + (0, batch_size - len(x)))
+        with torch.inference_mode():
+            scores = segmentor.probabilities(x, views, scales)
+        return weigh(scores[: len(batch.empty)], weights)
 
+    planned = [
+        (panel, run, grid.rows_for(run.start * STRIP, min(run.stop * STRIP, grid.height)))
+        for panel in range(len(grid.panels)) for run in parts.missing(panel, rank, world_size)
+    ]  # fmt: skip
     try:
-        with bar, ThreadPoolExecutor(1) as writer:
-            for run, rows in planned:
-                with closing(ahead(reader.batches(grid, rows, batch_size), 2)) as batches:
-                    blended = blend_rows(grid, rows, scores(batches), weights, finish)
-                    strips.store(run, ((top, planes.cpu().numpy()) for top, planes in blended), writer)
+        with parts.progress(source, [(panel, rows) for panel, _, rows in planned], progress and rank == 0) as bar:
+            with Writer() as writer:
+                for panel, run, rows in planned:
+                    columns = grid.panels[panel]
+                    load = partial(strips.load_edge, panel - 1, segmentor.device) if panel else None
+                    save = partial(strips.save_edge, panel, writer) if columns.stop < len(grid.lefts) else None
+                    with closing(each_window(reader, grid, columns, rows, batch_size, look, bar)) as scores:
+                        blended = blend_rows(grid, rows, scores, columns=columns, load_edge=load, save_edge=save)
+                        strips.store(panel, run, ((top, finish(mean)) for top, mean in blended), writer)
+                    strips.remove_edges(panel, rows)
+        inference = time.monotonic() - begun
         barrier()
-        if rank > 0:
-            barrier()
-            return SceneReport(files, None, {}, seen, time.monotonic() - begun)
-        pixels, hectares = write_products(
-            files, reader.profile, strips.read, segmentor, simplify=simplify, min_area=min_area, source=source
-        )
+        if rank == 0:
+            pixels, hectares = write_products(
+                files, reader.profile, strips.blocks, segmentor, simplify=simplify, min_area=min_area, source=source
+            )
     except OSError as error:
         raise UserError(f"cannot write to {files.work.parent}: {error.strerror or error}") from error
-    shutil.rmtree(files.work)
-    barrier()
-    return SceneReport(files, hectares, pixels, seen, time.monotonic() - begun)
+    parts.close(rank)
+    if rank > 0:
+        return SceneReport(files, None, {}, seen, time.monotonic() - begun, inference)
+    return SceneReport(files, hectares, pixels, seen, time.monotonic() - begun, inference)
 
 
 class _Strips:
-    """Finished rows of the scene, in files of ``STRIP`` rows each, beside the results until these are whole."""
+    """Finished rows of the scene, ``STRIP`` to a part, and what neighbouring groups of window columns share."""
 
-    def __init__(self, folder: Path, reader: SceneReader, options: dict[str, Any]) -> None:
-        self.folder, self.reader = folder, reader
-        self.height = reader.height
-        self.count = -(-self.height // STRIP)
-        status = os.stat(reader.path) if reader.path.exists() else None
-        self.plan = {
-            **json.loads(json.dumps(options)),
-            "source": str(reader.path.resolve()),
-            "size": [reader.height, reader.width],
-            "modified": status.st_mtime_ns if status else None,
-        }
+    def __init__(self, parts: Parts, reader: SceneReader) -> None:
+        self.parts, self.reader, self.grid = parts, reader, parts.grid
 
-    def path(self, index: int) -> Path:
-        return self.folder / f"{index:06d}.npy"
-
-    def open(self, *, resume: bool, overwrite: bool) -> None:
-        plan = self.folder / "plan.json"
-        if self.folder.exists() and resume:
-            old = json.loads(plan.read_text()) if plan.exists() else {}
-            changed = [key for key in self.plan if old.get(key) != self.plan[key]]
-            if changed:
-                raise UserError(
-                    f"{self.folder} was begun with another {', '.join(changed)}; give the same options, or --overwrite"
-                )
-        elif self.folder.exists() and not overwrite:
-            raise UserError(
-                f"{self.folder} is of an interrupted run; --resume goes on with it, --overwrite starts anew"
-            )
-        elif self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = plan.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.plan))
-        temporary.replace(plan)
-
-    def missing(self, rank: int, world_size: int) -> list[range]:
-        """This process's runs of consecutive strips that are still to be made."""
-        mine = range(self.count * rank // world_size, self.count * (rank + 1) // world_size)
-        runs: list[range] = []
-        for index in mine:
-            if self.path(index).exists():
-                continue
-            if runs and runs[-1].stop == index:
-                runs[-1] = range(runs[-1].start, index + 1)
-            else:
-                runs.append(range(index, index + 1))
-        return runs
-
-    def store(self, run: range, blocks: Iterator[tuple[int, np.ndarray]], writer: ThreadPoolExecutor) -> None:
-        """Cuts blocks of rows (planes, rows, width) into the strips of ``run``; what lies outside is dropped."""
-        first, last = run.start * STRIP, min(run.stop * STRIP, self.height)
-        pending, top, waiting = None, first, []
+    def store(self, panel: int, run: range, blocks: Iterator[tuple[int, Tensor]], writer: Writer) -> None:
+        """Cuts blocks of rows (planes, rows, width) into the parts of ``run``; what lies outside is dropped."""
+        first, last = run.start * STRIP, min(run.stop * STRIP, self.grid.height)
+        pending, top = None, first
         for start, block in blocks:
             block = block[:, max(first - start, 0) : max(last - start, 0)]
-            pending = block if pending is None else np.concatenate([pending, block], axis=1)
+            pending = block if pending is None else torch.cat([pending, block], dim=1)
             while pending.shape[1] >= min(STRIP, last - top) > 0:
                 rows = min(STRIP, last - top)
-                waiting.append(writer.submit(self._save, top // STRIP, pending[:, :rows].copy()))
+                writer.submit(self._save, panel, top // STRIP, pending[:, :rows].clone())
                 pending, top = pending[:, rows:], top + rows
-                while len(waiting) > 2:  # bounds what waits in memory, and brings a full disk to light
-                    waiting.pop(0).result()
-        for job in waiting:
-            job.result()
+        writer.finish()
 
-    def _save(self, index: int, planes: np.ndarray) -> None:
-        box = self.reader.rasterio.windows.Window(0, index * STRIP, planes.shape[2], planes.shape[1])
-        with self.reader.rasterio.open(self.reader.path) as scene:
-            valid = self.reader.valid(scene, box).any(0)
-            if self.reader.alpha:
-                valid &= scene.read(self.reader.alpha, window=box) > 0
-        planes[:, ~valid] = NODATA
-        temporary = self.path(index).with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            np.save(file, planes)
-        temporary.replace(self.path(index))
+    def _save(self, panel: int, index: int, found: Tensor) -> None:
+        planes = found.cpu().numpy()
+        columns = self.grid.pixels(self.grid.panels[panel])
+        box = self.reader.rasterio.windows.Window(columns.start, index * STRIP, len(columns), planes.shape[1])
+        valid = self.reader.any_valid(box)
+        if valid is not None:
+            planes[:, ~valid] = NODATA
+        self.parts.save(self.parts.path(panel, index), planes)
 
-    def read(self) -> Iterator[tuple[int, np.ndarray]]:
-        """First row and planes of each strip."""
-        for index in range(self.count):
-            yield index * STRIP, np.load(self.path(index))
+    def _edge(self, panel: int, row: int) -> Path:
+        return self.parts.folder / f"edge-{panel:03d}-{row:06d}.npy"
+
+    def load_edge(self, panel: int, device: torch.device | str, row: int) -> Tensor:
+        return to_device(torch.from_numpy(np.load(self._edge(panel, row))), device)
+
+    def save_edge(self, panel: int, writer: Writer, row: int, scores: Tensor) -> None:
+        # The same thread stores parts: no part is there before what its neighbour needs of its rows.
+        path = self._edge(panel, row)
+        writer.submit(lambda kept: self.parts.save(path, kept.cpu().numpy()), scores.clone())
+
+    def remove_edges(self, panel: int, rows: range) -> None:
+        """Of the columns before ``panel``, where no part of ``panel`` waits for them any more."""
+        for row in rows if panel else ():
+            top = self.grid.tops[row]
+            touched = range(top // STRIP, -(-min(top + self.grid.window, self.grid.height) // STRIP))
+            if all(self.parts.path(panel, index).exists() for index in touched):
+                self._edge(panel - 1, row).unlink(missing_ok=True)  # another process may have been here
+
+    def blocks(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """First row, first column and planes, in blocks that are whole tiles of the output, in row order."""
+        panels = [self.grid.pixels(columns) for columns in self.grid.panels]
+        for index in range(self.parts.count):
+            stored = [np.load(self.parts.path(i, index), mmap_mode="r") for i in range(len(panels))]
+            for left in range(0, self.grid.width, _BLOCK):
+                pieces = [
+                    planes[:, :, max(left - here.start, 0) : max(left + _BLOCK - here.start, 0)]
+                    for here, planes in zip(panels, stored, strict=True)
+                ]
+                yield index * STRIP, left, np.concatenate(pieces, axis=2)

@@ -1,4 +1,4 @@
-"""A scene cut into overlapping windows, and their scores blended, with memory that grows with its width alone."""
+"""A scene cut into overlapping windows, and their scores blended, in memory that does not grow with the scene."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_PANEL = 3072  # pixels: what is held of a scene's width at once
 
 
 def starts(length: int, window: int, overlap: int) -> list[int]:
@@ -55,48 +57,77 @@ class Grid:
     def lefts(self) -> list[int]:
         return starts(self.width, self.window, self.overlap)
 
+    @property
+    def panels(self) -> list[range]:
+        """The window columns in groups. One group after the other is seen from the top of the scene to its bottom, so
+        what is held in memory is as wide as a group."""
+        columns, most = len(self.lefts), max(_PANEL // (self.window - self.overlap), 1)
+        count = -(-columns // most)
+        return [range(columns * i // count, columns * (i + 1) // count) for i in range(count)]
+
+    def pixels(self, columns: range) -> range:
+        """The pixel columns that no window column after ``columns`` touches, and none before has finished."""
+        lefts = [*self.lefts, self.width]
+        return range(lefts[columns.start], lefts[columns.stop])
+
     def rows_for(self, top: int, bottom: int) -> range:
         """Numbers of the window rows that touch the pixel rows from ``top`` to ``bottom``."""
         touching = [i for i, y in enumerate(self.tops) if y < bottom and y + self.window > top]
         return range(touching[0], touching[-1] + 1)
 
 
+def weigh(scores: Tensor, weights: Tensor) -> Tensor:
+    """What :func:`blend_rows` adds up: (n, classes, window, window) -> (n, classes + 1, window, window), scores times
+    ``weights`` (window, window) and, last, the weights."""
+    return torch.cat([scores * weights, weights.expand(len(scores), 1, *weights.shape)], dim=1)
+
+
 def blend_rows(
-    grid: Grid, rows: range, scores: Iterable[Tensor], weights: Tensor, finish: Callable[[Tensor], Tensor]
+    grid: Grid,
+    rows: range,
+    weighted: Iterable[Tensor],
+    *,
+    columns: range | None = None,
+    load_edge: Callable[[int], Tensor] | None = None,
+    save_edge: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Weighted mean of overlapping windows' scores.
 
     Args:
         grid: the windows.
         rows: which window rows, without a gap.
-        scores: (classes, window, window) a window, row by row, on one device.
-        weights: (window, window) on that device.
-        finish: (classes, h, w) of blended scores -> (planes, h, w) of what is kept of them.
+        weighted: (classes + 1, window, window) a window, row by row, on one device; see :func:`weigh`.
+        columns: which window columns, without a gap; None for all.
+        load_edge: gives for a window row what ``save_edge`` was given where the columns before ended.
+        save_edge: takes for a window row what these columns share with those after them.
 
     Yields:
-        For each window row its first pixel row, and (planes, pixel rows, width): the rows that no later window
-        touches. Rows that an omitted earlier window row touches lack its part.
+        For each window row its first pixel row, and (classes, pixel rows, ``grid.pixels(columns)``): the rows that no
+        later window touches. Rows that an omitted earlier window row touches lack its part.
     """
-    tops, lefts = grid.tops, grid.lefts
-    scores = iter(scores)
-    carry: Tensor | None = None  # what this row of windows shares with the next: scores and, last, the weights
+    tops, lefts = [*grid.tops, grid.height], grid.lefts
+    columns = range(len(lefts)) if columns is None else columns
+    weighted = iter(weighted)
+    carry: Tensor | None = None  # what this row of windows shares with the next
     high, wide = min(grid.window, grid.height), min(grid.window, grid.width)
-    w = weights[:high, :wide]
+    left, done = lefts[columns[0]], len(grid.pixels(columns))
     for row in rows:
-        top = tops[row]
-        rows_done = (tops[row + 1] if row + 1 < len(tops) else grid.height) - top
-        finished, below = [], []
-        right: Tensor | None = None
-        for i, left in enumerate(lefts):
-            columns_done = (lefts[i + 1] if i + 1 < len(lefts) else grid.width) - left
-            total = torch.cat([next(scores)[:, :high, :wide] * w, w[None]])
-            if right is not None:
-                total[..., : right.shape[-1]] += right
-            total, right = total[..., :columns_done], total[..., columns_done:]
-            if carry is not None:
-                total[:, : carry.shape[1]] += carry[..., left : left + columns_done]
-            finished.append(finish(total[:-1, :rows_done] / total[-1, :rows_done]))
-            if row != rows[-1]:
-                below.append(total[:, rows_done:].clone())  # a view would keep the whole window
-        carry = torch.cat(below, dim=-1) if below else None
-        yield top, torch.cat(finished, dim=-1)
+        total: Tensor | None = None
+        for column in columns:
+            window = next(weighted)[:, :high, :wide]
+            if total is None:
+                total = window.new_zeros(len(window), high, lefts[columns[-1]] + wide - left)
+                if load_edge:
+                    edge = load_edge(row)
+                    total[..., : edge.shape[-1]] = edge
+            begin = lefts[column] - left
+            total[..., begin : begin + wide] += window
+        assert total is not None
+        if save_edge:
+            save_edge(row, total[..., done:])
+        total = total[..., :done]
+        if carry is not None:
+            total[:, : carry.shape[1]] += carry
+        rows_done = tops[row + 1] - tops[row]
+        carry = total[:, rows_done:].clone() if row != rows[-1] else None  # a view would keep all
+        yield tops[row], total[:-1, :rows_done] / total[-1, :rows_done]
