@@ -303,10 +303,10 @@ class _NoDevice:
 def configured(direction: str, config, sms: int | None = None):
     """The operator with this launch configuration in one direction, on a device of ``sms`` multiprocessors."""
     chunk = config.steps * config.tiles if direction == "backward" else kernels._chunk(config.states)
-    patches = {f"_{direction}_config": lambda num_states, fills=True: config}
-    if config.gluon and direction == "forward":
-        patches = {"_gluon_forward_config": lambda device, programs, length: config}
-    patches["_chunk"] = lambda num_states: chunk
+    name = f"_gluon_{direction}_config" if config.gluon else f"_{direction}_config"
+    patches = {name: lambda *shape, **options: config, "_chunk": lambda num_states: chunk}
+    if not config.gluon:
+        patches["_uses_gluon"] = lambda num_states, device: False
     if sms is not None:
         patches["_wanted_programs"] = lambda device, config: sms * config.resident // config.warps
     with mock.patch.multiple(kernels, **patches):
@@ -338,7 +338,7 @@ def compile_candidate(row, dtype_name, direction, config, target, sms) -> dict:
     """Resources of the pass's main kernel. Runs in a process of its own and fills the disk cache."""
     triton.runtime.driver.set_active(_NoDevice(target))
     found = launches(row, dtype_name, direction, config, sms, compile=True)
-    grid, compiled = next(rest for name, *rest in found if name == f"_scan_{direction}_kernel")
+    grid, compiled = next(rest for name, *rest in found if name.removeprefix("_") == f"scan_{direction}_kernel")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -350,13 +350,10 @@ def compile_candidate(row, dtype_name, direction, config, target, sms) -> dict:
     }  # fmt: skip
 
 
-def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
-    """The default first, then what fits in registers; of those with equal launches only one."""
-    states = row[3]
-    default = getattr(kernels, f"_{direction}_config")(states)
+def portable_candidates(default, states: int, direction: str) -> list:
     chunk, tile = kernels._chunk(states), kernels._forward_config(states).steps
     most = 128 if direction == "forward" else 32
-    found = [default]
+    found = []
     for warps in (1, 2, 4, 8):
         for steps in (2, 4, 8, 16):
             for tiles in (1,) if direction == "forward" else (2, 4, 8):
@@ -365,6 +362,23 @@ def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
                 a_tile, borders = steps * default.states // warps, tiles * default.states // warps  # numbers a thread
                 if linked and warps <= default.states and 4 <= a_tile <= most and borders <= 64:
                     found.append(default._replace(steps=steps, warps=warps, tiles=tiles))
+    return found
+
+
+def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
+    """The default first, then what fits in registers; of those with equal launches only one."""
+    states = row[3]
+    if kernels._uses_gluon(states, torch.device("meta")):
+        if direction == "forward":
+            default = kernels._gluon_forward_config(torch.device("meta"), programs=sms * 32, length=row[2])
+            default = default._replace(states=triton.next_power_of_2(states))
+            found = [default._replace(steps=steps, block=block) for block in (32, 16, 8) for steps in (8, 4)]
+        else:
+            default = kernels._gluon_backward_config(states)
+            found = [default, *(default._replace(registers=registers) for registers in (224, 168))]
+    else:
+        default = getattr(kernels, f"_{direction}_config")(states)
+        found = [default, *portable_candidates(default, states, direction)]
     found += [default._replace(resident=resident) for resident in (4, 6, 8, 12, 16, 24, 32)]  # more or fewer spans
     distinct = {}
     for config in found:
@@ -407,12 +421,12 @@ def tune(pool, row, dtype_name: str, direction: str, repeats: int) -> None:
         lines.sort(key=lambda line: line["ms"])
     else:
         default = lines[0]
-    print("  steps warps tiles resident programs registers stack shared     error      ms")
+    print("  steps warps tiles block resident programs registers stack shared     error      ms")
     for line in lines:
         config = line["config"]
         print(
-            f"{'*' if line is default else ' '} {config.steps:5} {config.warps:5} {config.tiles:5} {config.resident:8} "
-            f"{line['programs']:8} {line['registers']:9} {line['stack']:5} {line['shared']:6} "
+            f"{'*' if line is default else ' '} {config.steps:5} {config.warps:5} {config.tiles:5} {config.block:5} "
+            f"{config.resident:8} {line['programs']:8} {line['registers']:9} {line['stack']:5} {line['shared']:6} "
             f"{line.get('rel_err', math.nan):9.1e} {line.get('ms', math.nan):7.4f}",
             flush=True,
         )

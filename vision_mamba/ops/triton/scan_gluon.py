@@ -404,7 +404,7 @@ def scan_backward_kernel(
             t_last = t_chunk + (tiles - 1) * T
             # The first loads of both sweeps at once, and the first of the path for the chunk that comes next.
             border = states + ((image * num_chunks + chunk) * num_paths + k) * N * border_n
-            h = gl.load(border + state_at, mask=nc_ok, other=0.0).to(gl.float32)
+            h = gl.load(border + state_at, mask=nc_ok, other=0.0)
             delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
             u_next = _load_rows(u_rows, token_e, u_l, c, c_ok)
             b_next = _load_rows(B_rows, token_s, B_l, n, n_ok)
