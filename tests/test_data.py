@@ -520,6 +520,9 @@ def test_images_that_do_not_fit_into_memory_are_refused(folder, monkeypatch):
     monkeypatch.setattr(memory_module, "PixelMemory", None)  # nothing is kept before the refusal
     with pytest.raises(UserError, match=r"12 decoded images take about 0\.0 MB.*70%.*data\.cache=false"):
         keep_in_memory(data, progress=False)
+    monkeypatch.setattr(memory_module, "free_memory", lambda: 0)
+    with pytest.raises(UserError, match="and 0.0 MB may be used"):
+        keep_in_memory(data, progress=False)
     monkeypatch.undo()
     # The estimate is of a few: what the others add is found while they are read.
     monkeypatch.setattr(memory_module, "_SAMPLES", 1)

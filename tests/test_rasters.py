@@ -578,7 +578,7 @@ def test_png_goes_through_the_same_reader():
 def test_rasters_in_memory_are_the_files(tiles, tmp_path):
     data = open_dataset(str(write_set(tmp_path / "set", tiles, nodata=0)), "train", in_chans=5)
     before = [data[i][0] for i in range(len(data))]
-    assert keep_in_memory(data, progress=False) == [] and data.memory.dtype == np.float32
+    assert keep_in_memory(data, progress=False) == [] and data.memory[0].dtype == np.float32
     for i, image in enumerate(before):
         np.testing.assert_array_equal(data[i][0], image)
     data[0][0][:] = -1  # a caller's own copy

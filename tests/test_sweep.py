@@ -4,6 +4,7 @@ import csv
 import json
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,21 @@ def test_several_at_once_are_the_same_runs(recipe, tmp_path, capfd):
     assert rows[0] == rows[1] and [row["variant"] for row in rows[0]] == ["wide", "deit"]
     assert rows[0][0]["parameters"] != rows[0][1]["parameters"]
     assert one.splitlines()[:2] == (tmp_path / "two" / "table.md").read_text().splitlines()[:2]
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_the_sweep_that_started_it(recipe, tmp_path):
+    """However that ends: a killed process closes its pipes."""
+    (run,) = plan(recipe, {"long": ["schedule.epochs=100000"]}, [0], [], tmp_path)
+    process = module._start(run, 0, 1)
+    for _ in range(600):
+        if module._epochs(run):
+            break
+        time.sleep(0.2)
+    assert process.poll() is None and module._epochs(run)
+    process.stdin.close()
+    assert process.wait(30) == 1
+    assert module._error(run, -9).startswith("killed by signal 9")
 
 
 def test_jobs_take_the_gpus_in_turn(recipe, tmp_path, monkeypatch):

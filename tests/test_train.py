@@ -119,6 +119,14 @@ def test_a_run_writes_everything(settings, tmp_path, capsys):
     assert "written to" in shown
 
 
+def test_a_finished_run_without_its_log_is_reported_again(settings, tmp_path):
+    """As when last.pth alone was copied from another machine."""
+    first = run(settings, tmp_path / "out")
+    (tmp_path / "out" / "log.csv").unlink()
+    again = run(settings, tmp_path / "out", resume="auto")
+    assert again["last"]["top1"] == first["last"]["top1"] and again["train_loss"] is None
+
+
 def test_killed_runs_end_with_the_same_weights(settings, tmp_path):
     overrides = ["schedule.epochs=20"]
     run(settings, tmp_path / "whole", *overrides)

@@ -4,7 +4,7 @@ python tools/sweep.py configs/classification/vim_tiny_aid128.yaml data.source=ai
     --vary model.kwargs.paths raster snake hilbert morton local2 atrous2 diagonal --seeds 0 1 2
 python tools/sweep.py configs/classification/quickstart.yaml --vary optimizer.lr 1e-3 2e-3 4e-3
 python tools/sweep.py configs/classification/aid128_comparison.yaml data.source=aid_128.tar \\
-    --variants configs/classification/variants/aid128_models.yaml --seeds 0 1 2 --jobs 6
+    --variants configs/variants/aid128_models.yaml --seeds 0 1 2 --jobs 6
 
 A file of variants maps names to keys, for runs that differ in more than one:
     deit_tiny: {model.name: deit_tiny_patch16_224, model.kwargs: {patch_size: 8}}

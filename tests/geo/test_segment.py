@@ -436,6 +436,50 @@ def test_bad_scenes_are_named(tiles, tmp_path):
         Segmentor(model=network(), classes=CLASSES, mean=MEAN, std=STD[:2])
 
 
+def test_bands_of_different_types_are_refused_unless_one_is_chosen(tiles, tmp_path):
+    """A VRT may have them; the type of its first band is not that of the others."""
+    bands = mosaic(tiles, 100, 130)
+    heights = bands[:1].astype(np.float32) * 10 + 0.5
+    files = write(tmp_path / "a.tif", bands[:1]), write(tmp_path / "b.tif", heights)
+    vrt = tmp_path / "mixed.vrt"
+    source = (
+        "<SimpleSource><SourceFilename>{}</SourceFilename><SourceBand>1</SourceBand>"
+        '<SrcRect xOff="0" yOff="0" xSize="130" ySize="100"/><DstRect xOff="0" yOff="0" xSize="130" ySize="100"/>'
+        "</SimpleSource>"
+    )
+    kinds = zip((1, 2), ("Byte", "Float32"), files, strict=True)
+    lines = [f'<VRTRasterBand dataType="{k}" band="{n}">{source.format(f)}</VRTRasterBand>' for n, k, f in kinds]
+    vrt.write_text(f'<VRTDataset rasterXSize="130" rasterYSize="100">{"".join(lines)}</VRTDataset>')
+    with pytest.raises(UserError, match=r"bands of different types \(float32, uint8\)"):
+        SceneReader(vrt, Segmentor(model=network(2), classes=CLASSES, mean=MEAN[:2], std=STD[:2]), None)
+    one = Segmentor(model=network(1), classes=CLASSES, mean=MEAN[:1], std=STD[:1], bands=(2,), eight_bit=False)
+    reader = SceneReader(vrt, one, None)
+    grid = Grid(100, 130, 130, 0)
+    (batch,) = reader.batches(grid, range(1), range(1), 1)
+    found = reader.normalised(batch).cpu()[0, 0, :100] * STD[0] + MEAN[0]
+    torch.testing.assert_close(found, torch.from_numpy(heights[0]), rtol=1e-5, atol=1e-2)
+
+
+def test_a_run_that_ended_while_results_were_written_is_resumed(tiles, tmp_path, monkeypatch):
+    scene = write(tmp_path / "scene.tif", mosaic(tiles, 100, 130))
+    whole = segment_raster(scene, tmp_path / "whole", segmentor(), window=64, progress=False)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vision_mamba.geo.products.quick_look", stop)
+        with pytest.raises(KeyboardInterrupt):
+            segment_raster(scene, tmp_path / "out", segmentor(), window=64, progress=False)
+    assert (tmp_path / "out" / "scene_classes.tif").exists()
+    with pytest.raises(UserError, match=r"scene_classes\.tif exists"):
+        segment_raster(scene, tmp_path / "out", segmentor(), window=64, progress=False)
+    resumed = segment_raster(scene, tmp_path / "out", segmentor(), window=64, resume=True, progress=False)
+    assert resumed.hectares == whole.hectares
+    assert np.array_equal(read(tmp_path / "out" / "scene_classes.tif"), read(tmp_path / "whole" / "scene_classes.tif"))
+    assert not list((tmp_path / "out").glob(".*partial*"))
+
+
 def test_full_disk_is_named(tiles, tmp_path, monkeypatch):
     scene = write(tmp_path / "scene.tif", mosaic(tiles, 100, 130))
 

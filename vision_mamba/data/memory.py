@@ -32,13 +32,11 @@ class PixelMemory:
     """
 
     def __init__(self, arrays: Iterable[np.ndarray]) -> None:
-        self.dtype = np.dtype(np.uint8)
         self.blocks: list[torch.Tensor] = []
         self.places: list[tuple[int, int, tuple[int, ...]]] = []  # block, first value in it, shape
         waiting: list[np.ndarray] = []
         values = 0
         for array in arrays:
-            self.dtype = array.dtype
             self.places.append((len(self.blocks), values, array.shape))
             waiting.append(array.reshape(-1))
             values += array.size
@@ -87,7 +85,8 @@ def keep_in_memory(*sets: ImageSet, num_workers: int = 0, progress: bool = True)
 
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each keeps a copy
     total = sum(len(images) for images in sets)
-    allowed = (free_memory() or float("inf")) * _USABLE / processes
+    free = free_memory()
+    allowed = float("inf") if free is None else free * _USABLE / processes
     _refuse(sum(_estimate(images) for images in sets), allowed, total, "about")
     bad: list[str] = []
     used = 0
@@ -135,7 +134,7 @@ def _refuse(needed: float, allowed: float, images: int, how: str) -> None:
     if needed > allowed:
         raise UserError(
             f"data.cache: {images} decoded images take {how} {_megabytes(needed)}, and {_megabytes(allowed)} may be "
-            f"used ({_USABLE:.0%} of the free memory, shared by the processes of this machine); set data.cache=false"
+            f"used ({_USABLE:.0%} of what is free, shared by the processes of torchrun here); set data.cache=false"
         )
 
 
@@ -144,20 +143,23 @@ def _megabytes(size: float) -> str:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process may still take, by the machine and its control group; None where unknown (no Linux)."""
+    """Bytes that this process may still take, by the machine and the control group that a container sees as its root;
+    None where unknown (no Linux)."""
     found = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(1024 * int(line.split()[1]))
         # Version 2, then version 1, of the interface; "max" and absurdly large numbers mean no limit.
-        for limit, usage in (
-            ("memory.max", "memory.current"),
-            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+        for folder, limit, usage, cached in (
+            ("", "memory.max", "memory.current", "inactive_file"),
+            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            group = Path("/sys/fs/cgroup")
+            group = Path("/sys/fs/cgroup") / folder
             if (group / limit).is_file() and (text := (group / limit).read_text().strip()).isdigit():
-                found.append(max(int(text) - int((group / usage).read_text()), 0))
+                counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                used = int((group / usage).read_text()) - int(counts.get(cached, 0))  # read files give way
+                found.append(max(int(text) - used, 0))
     except (OSError, ValueError, IndexError):
         pass
     return min(found, default=None)

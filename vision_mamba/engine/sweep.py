@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -103,8 +104,8 @@ def plan(
 ) -> list[Run]:
     """The runs of a sweep, one of each variant with the first seed, then with the next.
 
-    Every configuration is read and every model is made, without memory for its weights, so that a mistake in the last
-    variant is found before the first run.
+    Every configuration is read and every model is made, without memory for its weights, so that a mistake in a key or a
+    model of the last variant is found before the first run.
 
     Args:
         recipe: YAML file, as for `tools/train.py`.
@@ -141,8 +142,9 @@ def sweep(runs: Sequence[Run], title: str, output: Path, *, jobs: int = 1, every
         runs: from `plan`.
         title: what varies, for the table's first column.
         output: folder of the sweep.
-        jobs: runs at the same time, each a process. They take the visible GPUs in turn; on a CPU they share its cores.
-            What a run prints goes to `<its folder>.txt`.
+        jobs: runs at the same time, each a process. They take the visible GPUs in turn; on a CPU they share its cores
+            (another number of jobs is another number of threads a run, and so other bits). What a run prints goes to
+            `<its folder>.txt`.
         every_s: seconds between lines of progress where there are several jobs.
 
     Returns:
@@ -176,8 +178,8 @@ def sweep(runs: Sequence[Run], title: str, output: Path, *, jobs: int = 1, every
             error = None
             try:
                 train_run(run.config, run.output)
-            except UserError as e:
-                error = str(e)
+            except (UserError, RuntimeError) as e:  # RuntimeError: the device's memory, for example
+                error = str(e).strip().partition("\n")[0]
                 print(f"failed: {error}", flush=True)
             ended(run, error)
     if failed:
@@ -192,6 +194,10 @@ def sweep(runs: Sequence[Run], title: str, output: Path, *, jobs: int = 1, every
 def train_run(config: Config, output: Path) -> None:
     """One run of a sweep, from where it stopped, and its `result.json`."""
     metrics = train(config, output, resume="auto")
+    if metrics["train_loss"] is None:
+        raise UserError(
+            f"{output / LOG} is missing, which holds the run's loss and speed; delete the folder to run it again"
+        )
     result = {
         **{name: metrics["last"][name] for name in ("top1", "f1", "loss")},
         "best_epoch": metrics["best_epoch"],
@@ -210,7 +216,7 @@ def _run_processes(runs: Sequence[Run], jobs: int, every_s: float, ended: Any) -
     done = bad = 0
     start = shown = time.perf_counter()
     with ExitStack() as stack:
-        stack.callback(lambda: [_stop(process) for _, process in running.values()])  # Ctrl-C, or a mistake of ours
+        stack.callback(lambda: _stop([process for _, process in running.values()]))  # Ctrl-C, or a mistake of ours
         while waiting or running:
             while waiting and free:
                 slot = free.pop(0)
@@ -222,7 +228,7 @@ def _run_processes(runs: Sequence[Run], jobs: int, every_s: float, ended: Any) -
                     continue
                 del running[slot]
                 free.append(slot)
-                error = _last_line(run) if process.returncode else None
+                error = _error(run, process.returncode)
                 done, bad = done + (error is None), bad + (error is not None)
                 ended(run, error)
                 print(f"{run.output.name}: {f'failed: {error}' if error else 'done'}", flush=True)
@@ -255,19 +261,21 @@ def _start(run: Run, slot: int, slots: int) -> subprocess.Popen:
     with open(_beside(run, "txt"), "w") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "vision_mamba.engine.sweep", str(settings), str(run.output)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # closed with us, however we end: the run then ends too
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
         )
 
 
-def _stop(process: subprocess.Popen) -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _beside(run: Run, ending: str) -> Path:
@@ -275,7 +283,11 @@ def _beside(run: Run, ending: str) -> Path:
     return run.output.with_name(f"{run.output.name}.{ending}")
 
 
-def _last_line(run: Run) -> str:
+def _error(run: Run, code: int) -> str | None:
+    if code == 0:
+        return None
+    if code < 0:
+        return f"killed by signal {-code} (9 may be a lack of memory); what it printed is in {_beside(run, 'txt')}"
     lines = _beside(run, "txt").read_text(errors="replace").strip().splitlines() or ["it ended without a word"]
     return lines[-1].removeprefix("error: ")
 
@@ -341,5 +353,11 @@ def _folder(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-") or "empty"
 
 
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # until our parent's end of the pipe is closed, by itself or by its death
+    os._exit(1)
+
+
 if __name__ == "__main__":  # one run of `_run_processes`
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     run_main(lambda: train_run(config_from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])))

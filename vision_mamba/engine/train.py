@@ -285,8 +285,8 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
         "best": best_result,
         "best_epoch": best["epoch"],
         "knn": knn,
-        "train_loss": log.rows[-1]["train_loss"] if log is not None else None,
-        "images_per_s": median(row["images_per_s"] for row in log.rows) if log is not None else None,
+        "train_loss": log.rows[-1]["train_loss"] if log is not None and log.rows else None,
+        "images_per_s": median(row["images_per_s"] for row in log.rows) if log is not None and log.rows else None,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 

@@ -103,7 +103,8 @@ def detect_raster(
     options = dict(batch_size=batch_size, score=score, value_range=value_range, classes=list(detector.classes))
     parts = Parts(stem.with_name(f".{stem.name}.partial"), reader, grid, len(grid.tops), options)
     if rank == 0:
-        refuse_existing(files, overwrite)
+        # Where parts are left, the results that exist are those of the run that goes on.
+        refuse_existing(files, overwrite or (resume and parts.folder.exists()))
     parts.open(resume=resume, overwrite=overwrite, rank=rank)
     x_owned, y_owned = _owned(grid.lefts, grid), _owned(grid.tops, grid)
     seen = 0

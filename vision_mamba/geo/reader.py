@@ -83,7 +83,6 @@ class SceneReader:
         model, path = self.model, self.path
         self.height, self.width = scene.height, scene.width
         self.profile = dict(crs=scene.crs, transform=scene.transform, width=scene.width, height=scene.height)
-        self.dtype = scene.dtypes[0]
         alpha = self.rasterio.enums.ColorInterp.alpha
         self.alpha = scene.colorinterp.index(alpha) + 1 if alpha in scene.colorinterp and scene.driver == "PNG" else 0
         count = scene.count - bool(self.alpha)
@@ -96,6 +95,12 @@ class SceneReader:
         self.bands = list(model.bands or range(1, wanted + 1))
         if max(self.bands) > scene.count:
             raise UserError(f"{path} has {scene.count} bands, numbered from 1; band {max(self.bands)} is asked for")
+        kinds = {scene.dtypes[band - 1] for band in self.bands}
+        if len(kinds) > 1:
+            raise UserError(
+                f"{path} has bands of different types ({', '.join(sorted(kinds))}); choose bands of one, e.g. --bands 1"
+            )
+        self.dtype = kinds.pop()
         if self.dtype.startswith("complex"):
             raise UserError(f"{path} holds complex numbers; a model reads real ones")
         if value_range is None and model.eight_bit and self.dtype != "uint8":

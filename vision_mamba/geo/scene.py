@@ -121,7 +121,8 @@ def segment_raster(
     )  # fmt: skip
     parts = Parts(files.work, reader, grid, -(-grid.height // STRIP), options)
     if rank == 0:
-        refuse_existing(files.results(), overwrite)
+        # Where parts are left, the results that exist are those of the run that goes on.
+        refuse_existing(files.results(), overwrite or (resume and parts.folder.exists()))
     parts.open(resume=resume, overwrite=overwrite, rank=rank)
     strips = _Strips(parts, reader)
 

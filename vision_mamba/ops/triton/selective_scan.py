@@ -778,7 +778,9 @@ def _arguments(u, delta, A, B, C, D, z, delta_bias, paths) -> _Arguments:
         "length": length, "num_paths": num_paths, "groups": groups, "per_group": dim // groups, "border_n": dim,
         "STATE_ALIGN": alignment(*(_names("B", B, "blkg") | _names("C", C, "blkg")).values()),
     }  # fmt: skip
-    offset = _offset(length, num_paths * dim, *(stride for name, stride in strides.items() if name.endswith("_l")))
+    # The rows of the arguments, of ddelta, and of what is added up to dB and dC.
+    rows_l = (stride for name, stride in strides.items() if name.endswith("_l"))
+    offset = _offset(length, num_paths * dim, math.prod(B.shape[2:]), *rows_l)
     return _Arguments(tensors, sizes, strides, alignment(dim, *rows.values()), offset)
 
 
