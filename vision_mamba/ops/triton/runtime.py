@@ -16,9 +16,9 @@ LOG2E = tl.constexpr(math.log2(math.e))
 OPTIONS = {"enable_fp_fusion": True}
 # Gluon, Triton with layouts chosen by hand, as it is since Triton 3.6; for warps of 32 lanes.
 HAS_GLUON = (
-    not triton.knobs.runtime.interpret
+    tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+    and not triton.knobs.runtime.interpret
     and torch.version.hip is None
-    and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 )
 
 
