@@ -354,7 +354,9 @@ def _folder(name: str) -> str:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # until our parent's end of the pipe is closed, by itself or by its death
+    # Until our parent's end of the pipe is closed, by itself or by its death. Not sys.stdin: a thread that holds its
+    # lock when the interpreter ends aborts the process.
+    os.read(0, 1)
     os._exit(1)
 
 
