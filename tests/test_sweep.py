@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from vision_mamba.engine import sweep as module
@@ -127,8 +128,18 @@ VARIANTS = {
 }
 
 
+@pytest.fixture
+def one_thread(monkeypatch):
+    """In this process and those it starts: sums over other numbers of threads have other bits."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
-def test_several_at_once_are_the_same_runs(recipe, tmp_path, capfd):
+def test_several_at_once_are_the_same_runs(recipe, tmp_path, capfd, one_thread):
     """Also variants of several keys, and a run whose loss is infinite from the start."""
     file = tmp_path / "variants.yaml"
     file.write_text(yaml.safe_dump(VARIANTS, sort_keys=False))
