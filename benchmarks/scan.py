@@ -370,8 +370,7 @@ def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
     states = row[3]
     if kernels._uses_gluon(states, torch.device("meta")):
         if direction == "forward":
-            default = kernels._gluon_forward_config(torch.device("meta"), programs=sms * 32, length=row[2])
-            default = default._replace(states=triton.next_power_of_2(states))
+            default = kernels._gluon_forward_config(states, torch.device("meta"), programs=sms * 32, length=row[2])
             found = [default._replace(steps=steps, block=block) for block in (32, 16, 8) for steps in (8, 4)]
         else:
             default = kernels._gluon_backward_config(states)

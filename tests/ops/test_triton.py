@@ -216,7 +216,7 @@ from benchmarks import scan
 from vision_mamba.ops.triton import selective_scan as module
 
 for direction, states in (("forward", 16), ("backward", 8), ("backward", 16)):
-    config = module._gluon_forward_config(torch.device("meta"), 10**6, 197)._replace(states=states)
+    config = module._gluon_forward_config(states, torch.device("meta"), 10**6, 197)
     if direction == "backward":
         config = module._gluon_backward_config(states)
     used = scan.compile_candidate((2, 64, 197, states, 1), "bfloat16", direction, config, *scan.H100)

@@ -32,15 +32,15 @@ VARYING = (
 ).split()
 
 
-def jit_without(varying: Sequence[str]):
-    """``triton.jit`` that does not specialise on those of a kernel's arguments that are named here.
+def jit_without(varying: Sequence[str], jit=triton.jit):
+    """``jit`` (or Gluon's) that does not specialise on those of a kernel's arguments that are named here.
 
     They change with the length of the sequence, and each new divisibility would be one more compilation.
     """
 
     def decorate(kernel):
         arguments = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
-        return triton.jit(kernel, do_not_specialize=[name for name in varying if name in arguments])
+        return jit(kernel, do_not_specialize=[name for name in varying if name in arguments])
 
     return decorate
 
@@ -70,6 +70,29 @@ def log1p_below_one(e):
 def softplus(x):
     """``log(1 + exp(x))`` to float32 rounding."""
     return tl.maximum(x, 0.0) + log1p_below_one(tl.exp2(tl.abs(x) * -LOG2E))
+
+
+@triton.jit
+def step_of(tile, index, step: tl.constexpr):
+    """tile[step] along the first axis, which is kept: exact, and free where that axis lies in a thread."""
+    # A sum of integers, not of floats: the compiler may drop the zeros it adds.
+    bits = tl.where(index == step, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, axis=0, keep_dims=True).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def locate(num_paths, groups, blocks, num_spans, LOOP_PATHS: tl.constexpr):
+    """image, span, (first) path, group, and which of the ``blocks`` of channels of the group this program has."""
+    pid = tl.program_id(0)
+    block = pid % blocks
+    pid = pid // blocks
+    group = pid % groups
+    pid = pid // groups
+    k = 0
+    if not LOOP_PATHS:
+        k = pid % num_paths
+        pid = pid // num_paths
+    return (pid // num_spans).to(tl.int64), pid % num_spans, k, group, block
 
 
 @triton.jit

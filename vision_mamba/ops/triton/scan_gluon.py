@@ -27,12 +27,11 @@ _store_rows = gluon.jit(runtime.store_rows.fn)
 _visited = gluon.jit(runtime.visited.fn)
 _sigmoid = gluon.jit(runtime.sigmoid.fn)
 _log1p_below_one = gluon.jit(runtime.log1p_below_one.fn)
+_softplus = gluon.jit(runtime.softplus.fn)
+_step = gluon.jit(runtime.step_of.fn)
+_locate = gluon.jit(runtime.locate.fn)
 
-
-def _jit(kernel):
-    """Not specialised on what varies with the length: each divisibility would be one more compilation."""
-    arguments = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
-    return gluon.jit(kernel, do_not_specialize=[name for name in runtime.VARYING if name in arguments])
+_jit = runtime.jit_without(runtime.VARYING, gluon.jit)
 
 
 @gluon.constexpr_function
@@ -58,30 +57,6 @@ def _states_layout(T, NP):
 def _stacked(layout, count):
     """[count, *] of such rows, a lane holding all ``count`` of a number."""
     return gl.BlockedLayout([count, *layout.size_per_thread], [1, *layout.threads_per_warp], [1, 1, 1], [2, 1, 0])
-
-
-@gluon.jit
-def _step(tile, index, step: gl.constexpr):
-    """tile[step] along the first axis, which lies in a lane: exact, and free."""
-    # A sum of integers, not of floats: the compiler may drop the zeros it adds.
-    bits = gl.where(index == step, tile.to(gl.int32, bitcast=True), 0)
-    return gl.sum(bits, axis=0, keep_dims=True).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _locate(num_paths, groups, per_group, num_spans, LOOP_PATHS: gl.constexpr, BLOCK: gl.constexpr):
-    """image, span, first path, group, block within the group"""
-    pid = gl.program_id(0)
-    blocks = (per_group + BLOCK - 1) // BLOCK
-    block = pid % blocks
-    pid = pid // blocks
-    group = pid % groups
-    pid = pid // groups
-    k = 0
-    if not LOOP_PATHS:
-        k = pid % num_paths
-        pid = pid // num_paths
-    return (pid // num_spans).to(gl.int64), pid % num_spans, k, group, block
 
 
 @gluon.jit
@@ -157,7 +132,8 @@ def scan_forward_kernel(
     pair = gl.allocate_shared_memory(gl.float32, [2, T, NX, NH], FLAT)
     part = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
 
-    image, span_index, k0, group, block = _locate(num_paths, groups, per_group, num_spans, LOOP_PATHS, BLOCK)
+    blocks = (per_group + BLOCK - 1) // BLOCK
+    image, span_index, k0, group, block = _locate(num_paths, groups, blocks, num_spans, LOOP_PATHS)
     dim = groups * per_group
     first_c = group * per_group + block * BLOCK
     inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, E2))
@@ -246,7 +222,7 @@ def scan_forward_kernel(
                 y_before = _load_rows(y_rows, gl.where(k > 0, token, -1), y_l, c, c_ok)
 
             if SOFTPLUS:
-                dt = gl.maximum(dt, 0.0) + _log1p_below_one(gl.exp2(gl.abs(dt) * -LOG2E))
+                dt = _softplus(dt)
             dt = gl.where((t0 + step_e < end)[:, None], dt, 0.0)
             _put(rows.index(0), dt)
             _put(rows.index(1), dt * uf)
@@ -329,7 +305,8 @@ def scan_backward_kernel(
     part_b = gl.allocate_shared_memory(gl.float32, [T, LC, NP], MIXED)
     part_c = gl.allocate_shared_memory(gl.float32, [T, LC, NP], MIXED)
 
-    image, span_index, k0, group, block = _locate(num_paths, groups, per_group, num_spans, LOOP_PATHS, BLOCK)
+    blocks = (per_group + BLOCK - 1) // BLOCK
+    image, span_index, k0, group, block = _locate(num_paths, groups, blocks, num_spans, LOOP_PATHS)
     dim = groups * per_group
     first_c = group * per_group + block * BLOCK
     inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, E2))
@@ -436,7 +413,7 @@ def scan_backward_kernel(
                 token_e = _visited(path, t_chunk + (s + 2) * T + step_e, end, length)
                 token_s = _visited(path, t_chunk + (s + 2) * T + step_s, end, length)
                 if SOFTPLUS:
-                    dt = gl.maximum(dt, 0.0) + _log1p_below_one(gl.exp2(gl.abs(dt) * -LOG2E))
+                    dt = _softplus(dt)
                 _put(rows.index(0), dt)
                 _put(rows.index(1), dt * uf)
                 _put(pair.index(0), bf)
@@ -597,7 +574,8 @@ def span_backward_kernel(
     rows = gl.allocate_shared_memory(gl.float32, [2, T, LC, QC], FLAT)
     pair = gl.allocate_shared_memory(gl.float32, [1, T, NX, NH], FLAT)
 
-    image, span_index, k, group, block = _locate(num_paths, groups, per_group, num_spans, False, BLOCK)
+    blocks = (per_group + BLOCK - 1) // BLOCK
+    image, span_index, k, group, block = _locate(num_paths, groups, blocks, num_spans, False)
     first_c = group * per_group + block * BLOCK
     inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, E2))
     c = group * per_group + inside
@@ -655,7 +633,7 @@ def span_backward_kernel(
         if z is not None:
             z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
         if SOFTPLUS:
-            dt = gl.maximum(dt, 0.0) + _log1p_below_one(gl.exp2(gl.abs(dt) * -LOG2E))
+            dt = _softplus(dt)
         dt = gl.where((position + step_e < end)[:, None], dt, 0.0)
         dt_sum += dt
         _put(rows.index(0), dt)

@@ -27,10 +27,12 @@ from .runtime import (
     dense,
     jit_without,
     load_rows,
+    locate,
     multiprocessors,
     on_device,
     sigmoid,
     softplus,
+    step_of,
     store_rows,
     visited,
 )
@@ -39,28 +41,10 @@ _jit = jit_without(VARYING)
 
 
 @triton.jit
-def _step(tile, index, step: tl.constexpr):
-    """tile[step] along the first axis: exact, and free where that axis lies in a thread."""
-    # A sum of integers, not of floats: the compiler may drop the zeros it adds.
-    bits = tl.where(index == step, tile.to(tl.int32, bitcast=True), 0)
-    return tl.sum(bits, axis=0, keep_dims=True).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _locate(num_paths, groups, per_group, num_spans, LOOP_PATHS: tl.constexpr, BLOCK: tl.constexpr):
     """image, span, path, group, block within the group, channels, which of them exist."""
-    pid = tl.program_id(0)
     blocks = tl.cdiv(per_group, BLOCK)
-    block = pid % blocks
-    pid = pid // blocks
-    group = pid % groups
-    pid = pid // groups
-    k = 0
-    if not LOOP_PATHS:
-        k = pid % num_paths
-        pid = pid // num_paths
-    span_index = pid % num_spans
-    image = (pid // num_spans).to(tl.int64)
+    image, span_index, k, group, block = locate(num_paths, groups, blocks, num_spans, LOOP_PATHS)
     inside = block * BLOCK + tl.arange(0, BLOCK)
     return image, span_index, k, group, block, group * per_group + inside, inside < per_group
 
@@ -124,7 +108,7 @@ def _scan_tile(dt, dtu, b, a2, h, T: tl.constexpr):
     after = x
     for s in tl.static_range(T):
         before = tl.where(index == s, h, before)
-        h = _step(decay, index, s) * h + _step(x, index, s)
+        h = step_of(decay, index, s) * h + step_of(x, index, s)
         after = tl.where(index == s, h, after)
     return decay, before, after, h
 
@@ -239,9 +223,9 @@ def _scan_forward_kernel(
             # arithmetic below. Without it the kernel is 6 to 17 % slower on an H100.
             if (saves != 0) & (t0 % CHUNK == 0):
                 border = states + ((image * num_chunks + t0 // CHUNK) * num_paths + k) * N * border_n
-                tl.store(
-                    border + n[None, :, None].to(tl.int64) * border_n + c[None, None, :], h, mask=nc_ok[None, :, :]
-                )
+                # In three axes like h: for a store in two Triton would carry h in a second layout, computed again.
+                border += n[None, :, None].to(tl.int64) * border_n
+                tl.store(border + c[None, None, :], h, mask=nc_ok[None, :, :])
 
             _, dt = _step_sizes(delta_tile, shift, t0 + step, end, SOFTPLUS)
             uf = u_tile.to(tl.float32)
@@ -365,7 +349,7 @@ def _span_backward_kernel(
         decay = tl.exp2(dt[:, None, :] * a2[None, :, :])
         direct = dout[:, None, :] * _states(c_tile, NP)[:, :, None]
         for s in tl.static_range(T - 1, -1, -1):
-            g = _step(decay, index, s) * (g + _step(direct, index, s))
+            g = step_of(decay, index, s) * (g + step_of(direct, index, s))
     at = ((image * num_spans + span_index) * num_paths + k) * border_n
     tl.store(total + at + c, tl.sum(dt_sum, axis=0), mask=c_ok)
     tl.store(change + at * N + n[None, :, None].to(tl.int64) * border_n + c[None, None, :], g, mask=nc_ok[None, :, :])
@@ -401,7 +385,7 @@ def _link_spans_kernel(
         before = x
         for r in tl.static_range(SPANS):
             before = tl.where(index[:, None] == r, h, before)
-            h = _step(decay, index[:, None], r) * h + _step(x, index[:, None], r)
+            h = step_of(decay, index[:, None], r) * h + step_of(x, index[:, None], r)
         tl.store(change + state_at, before, mask=ok)
 
 
@@ -548,7 +532,7 @@ def _scan_backward_kernel(
                     dz_before = load_rows(dz_rows, tl.where(k > 0, token, -1), dz_l, c, c_ok)
 
                 raw, dt = _step_sizes(delta_tile, shift, position, end, SOFTPLUS)
-                h = _step(borders, tile_index, s)
+                h = step_of(borders, tile_index, s)
                 decay, before, after, _ = _scan_tile(dt, _settled(dt * uf), bf, a2, h, T)
                 if z is not None:
                     out = _sum_states(after * cf[:, :, None], WARPS) + d[None, :] * uf
@@ -563,9 +547,9 @@ def _scan_backward_kernel(
                 grad = dout[:, None, :] * cf[:, :, None]
                 passed = grad
                 for r in tl.static_range(T - 1, -1, -1):
-                    here = _step(grad, index, r) + g
+                    here = step_of(grad, index, r) + g
                     grad = tl.where(index == r, here, grad)
-                    g = _step(decay, index, r) * here
+                    g = step_of(decay, index, r) * here
                     passed = tl.where(index == r, g, passed)
                 store_rows(dB + partial, token, dB_l, n, n_ok, _sum_channels(grad * (dt * uf)[:, None, :]))
                 gb = _sum_states(grad * bf[:, :, None], WARPS)
@@ -655,13 +639,13 @@ def _backward_config(num_states: int) -> _Config:
     return _Config(states, steps, warps, tiles=8 if steps == 4 else 4, resident=resident, registers=registers)
 
 
-def _gluon_forward_config(device: torch.device, programs: int, length: int) -> _Config:
+def _gluon_forward_config(num_states: int, device: torch.device, programs: int, length: int) -> _Config:
     """Tiles of 8 steps; 16 channels a program where ``programs`` of 32 channels are too few.
 
     Half the channels are half as many numbers for a lane, and more instructions for each: that pays where spans would
     walk everything twice, or where the path is too short for as many spans as would fill the device.
     """
-    config = _Config(0, 8, 1, resident=12, gluon=True)
+    config = _Config(triton.next_power_of_2(num_states), 8, 1, resident=12, gluon=True)
     wanted = _wanted_programs(device, config)
     most_spans = max(min(length // _SPAN_STEPS, math.isqrt(length)), 1)
     if wanted // 6 <= programs < wanted // 2 or programs * most_spans < wanted:
@@ -675,13 +659,17 @@ def _gluon_backward_config(num_states: int) -> _Config:
     return _Config(states, steps, 1, tiles=_chunk(num_states) // steps, resident=16, gluon=True)
 
 
+def _in_gluon(num_states: int) -> bool:
+    return HAS_GLUON and 4 < num_states <= 16
+
+
 def _uses_gluon(num_states: int, device: torch.device) -> bool:
-    return HAS_GLUON and device.type != "cpu" and 4 < num_states <= 16
+    return _in_gluon(num_states) and device.type != "cpu"
 
 
 def _chunk(num_states: int) -> int:
     """Steps between saved states: whole tiles of the forward pass, which saves them between its tiles."""
-    if HAS_GLUON and 4 < num_states <= 16:
+    if _in_gluon(num_states):
         return 16
     config = _backward_config(num_states)
     return config.steps * config.tiles
@@ -836,7 +824,7 @@ def selective_scan_forward(
     config = _forward_config(num_states)
     programs = batch * num_paths * x.blocks(config)
     if _uses_gluon(num_states, u.device):
-        config = _gluon_forward_config(u.device, programs, length)._replace(states=config.states)
+        config = _gluon_forward_config(num_states, u.device, programs, length)
     else:
         shared = _forward_config(num_states, fills=False)
         if _wanted_programs(u.device, shared) <= programs < _wanted_programs(u.device, config) // 2:
