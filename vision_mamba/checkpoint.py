@@ -6,8 +6,8 @@ import argparse
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,12 +179,16 @@ def _nothing(owner: Any, name: str) -> None:
     """In place of ``getattr``, by which mmengine's logs refer to methods of theirs."""
 
 
-def official_globals() -> AbstractContextManager[None]:
+@contextmanager
+def official_globals() -> Iterator[None]:
     """While it is entered, ``weights_only`` loading accepts what official files hold beside their weights.
 
     Those are plain data: the run's argparse.Namespace (Vim), its yacs configuration (VMamba), and the logs of
     mmengine's runner with their numpy arrays. The classes of yacs and mmengine are not imported: an OrderedDict,
     which torch's unpickler knows how to fill, stands for them.
+
+    Not torch's own ``safe_globals``: of two entries for one name, that takes one by chance, and mmengine's log class
+    may be allowed already (by :mod:`vision_mamba.mm.compat`). What was allowed before is as before at the end.
     """
     data: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(t)) for t in "?bhilqBHILQefd")]
     scalar, array = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
@@ -192,7 +196,21 @@ def official_globals() -> AbstractContextManager[None]:
         data += [(scalar, f"{module}.scalar"), (array, f"{module}._reconstruct")]
     data.append((_nothing, "builtins.getattr"))
     data += [(OrderedDict, name) for name in ("yacs.config.CfgNode", "mmengine.logging.history_buffer.HistoryBuffer")]
-    return torch.serialization.safe_globals(data)
+
+    before = torch.serialization.get_safe_globals()
+    ours = {_global_name(entry) for entry in data}
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*(entry for entry in before if _global_name(entry) not in ours), *data])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _global_name(entry: Any) -> str:
+    """Under which name a pickle finds an allowed global."""
+    return entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
 
 
 def find_state_dict(

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
@@ -160,7 +161,9 @@ def _allow_checkpoint_types() -> None:
     statistics = ("min", "max", "current", "mean")
 
     def statistics_method(owner: Any, name: str) -> Any:
-        return getattr(HistoryBuffer, name) if owner is HistoryBuffer and name in statistics else None
+        if owner is not HistoryBuffer or name not in statistics:
+            raise UnpicklingError(f"getattr({owner!r}, {name!r}) is not an allowed part of a checkpoint")
+        return getattr(HistoryBuffer, name)
 
     # torch's safe_globals, a context, takes away at its end what it was given, even if that was allowed before it. So
     # these entries are made unequal to any that others may give: names are written out, functions wrapped.
