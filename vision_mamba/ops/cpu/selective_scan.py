@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .runtime import KERNEL, LOG2E, check_paths, exp2, flat, run_tasks, sigmoid, softplus
+from .runtime import KERNEL, LOG2E, check_paths, flat, run_tasks, sigmoid, softplus
+from .walk import LANES, walk, walk_back
 
 CHUNK = 16  # steps between saved states: the backward pass recomputes what lies between
 BLOCK = 192  # channels a task at most: tiles of a chunk's states [CHUNK, N, BLOCK] stay in the second-level cache
@@ -35,17 +36,40 @@ def new_states(delta: Tensor, num_states: int, save: bool) -> Tensor:
 
 
 @numba.njit(**KERNEL)
+def _start(width, k, c0, A, D, bias, a, d, shift):
+    """A path's parameters of ``width`` channels from ``c0`` on; zeros beyond, and for those that there are not."""
+    num_states, padded = a.shape
+    zero = A.dtype.type(0)
+    for n in range(num_states):
+        a_row = a[n]
+        for i in range(width):
+            a_row[i] = A[k, n, c0 + i]
+        for i in range(width, padded):
+            a_row[i] = zero
+    for i in range(padded):
+        d[i] = zero
+        shift[i] = zero
+    if D.size:
+        for i in range(width):
+            d[i] = D[k, c0 + i]
+    if bias.size:
+        for i in range(width):
+            shift[i] = bias[k, c0 + i]
+
+
+@numba.njit(**KERNEL)
 def _forward(
     start, stop, sizes, u, us, delta, ds, A, B, bs, C, cs, D, z, zs, bias, initial, paths,
     use_softplus, merge, y, last_state, states
 ):  # fmt: skip
     length, num_paths, dim, num_states, groups, blocks, size = sizes
     zero = A.dtype.type(0)
-    h = np.empty((num_states, size), A.dtype)
-    a = np.empty((num_states, size), A.dtype)
-    dt = np.empty(size, A.dtype)
-    dtu = np.empty(size, A.dtype)
-    acc = np.empty(size, A.dtype)
+    padded = (size + LANES - 1) // LANES * LANES
+    h = np.empty((num_states, padded), A.dtype)
+    a = np.empty((num_states, padded), A.dtype)
+    d, shift = np.empty(padded, A.dtype), np.empty(padded, A.dtype)
+    dt, dtu = np.zeros(padded, A.dtype), np.zeros(padded, A.dtype)
+    acc = np.zeros(padded, A.dtype)
     per_group = dim // groups
     blocks_per_group = blocks // groups
     for task in range(start, stop):
@@ -54,10 +78,12 @@ def _forward(
         c0 = group * per_group + index * size
         width = min(size, per_group - index * size)
         for k in range(num_paths):
-            for n in range(num_states):
-                for i in range(width):
-                    a[n, i] = A[k, n, c0 + i]
-                    h[n, i] = initial[image, k, n, c0 + i] if initial.size else zero
+            _start(width, k, c0, A, D, bias, a, d, shift)
+            h[:] = zero
+            if initial.size:
+                for n in range(num_states):
+                    for i in range(width):
+                        h[n, i] = initial[image, k, n, c0 + i]
             for t in range(length):
                 if states.size and t % CHUNK == 0:
                     for n in range(num_states):
@@ -72,41 +98,26 @@ def _forward(
                 b_row = B[b0 : b0 + num_states]
                 b0 = image * cs[0] + token * cs[1] + k * cs[2] + group * cs[3]
                 c_row = C[b0 : b0 + num_states]
-                for i in range(width):
-                    dt[i] = delta_row[i]
-                if bias.size:
-                    for i in range(width):
-                        dt[i] += bias[k, c0 + i]
                 if use_softplus:
                     for i in range(width):
-                        dt[i] = softplus(dt[i])
+                        dt[i] = softplus(delta_row[i] + shift[i])
+                else:
+                    for i in range(width):
+                        dt[i] = delta_row[i] + shift[i]
                 for i in range(width):
                     dtu[i] = dt[i] * u_row[i]
-                    acc[i] = zero
-                if D.size:
-                    for i in range(width):
-                        acc[i] = D[k, c0 + i] * u_row[i]
-                for n in range(num_states):
-                    b, c, h_row, a_row = b_row[n], c_row[n], h[n], a[n]
-                    for i in range(width):
-                        state = exp2(dt[i] * a_row[i]) * h_row[i] + dtu[i] * b
-                        h_row[i] = state
-                        acc[i] += state * c
+                    acc[i] = d[i] * u_row[i]
+                walk(h, h, None, a, b_row, c_row, dt, dtu, acc)
                 if z.size:
                     at = image * zs[0] + token * zs[1] + k * zs[2] + c0
                     z_row = z[at : at + width]
                     for i in range(width):
                         acc[i] *= z_row[i] * sigmoid(z_row[i])
-                if merge:
-                    y_row = y[image, token, 0, c0 : c0 + width]
-                    if k == 0:
-                        for i in range(width):
-                            y_row[i] = acc[i]
-                    else:
-                        for i in range(width):
-                            y_row[i] += acc[i]
+                y_row = y[image, token, 0 if merge else k, c0 : c0 + width]
+                if merge and k > 0:
+                    for i in range(width):
+                        y_row[i] += acc[i]
                 else:
-                    y_row = y[image, token, k, c0 : c0 + width]
                     for i in range(width):
                         y_row[i] = acc[i]
             for n in range(num_states):
@@ -124,20 +135,18 @@ def _backward(
     one = A.dtype.type(1)
     zero = A.dtype.type(0)
     log2e = A.dtype.type(LOG2E)
+    padded = (size + LANES - 1) // LANES * LANES
     # Row 0 is the border state, row s + 1 the state after the chunk's step s.
-    h = np.empty((CHUNK + 1, num_states, size), A.dtype)
-    decay = np.empty((CHUNK, num_states, size), A.dtype)
-    dts = np.empty((CHUNK, size), A.dtype)
-    raw = np.empty((CHUNK, size), A.dtype)
-    a = np.empty((num_states, size), A.dtype)
-    g = np.empty((num_states, size), A.dtype)
-    da = np.empty((num_states, size), A.dtype)
-    gate_grad = np.empty(size, A.dtype)
-    dout = np.empty(size, A.dtype)
-    pre = np.empty(size, A.dtype)
-    gb = np.empty(size, A.dtype)
-    gdt = np.empty(size, A.dtype)
-    dtu = np.empty(size, A.dtype)
+    h = np.empty((CHUNK + 1, num_states, padded), A.dtype)
+    decay = np.empty((CHUNK, num_states, padded), A.dtype)
+    raw, dts = np.empty((CHUNK, padded), A.dtype), np.empty((CHUNK, padded), A.dtype)
+    dtus, outs = np.empty((CHUNK, padded), A.dtype), np.empty((CHUNK, padded), A.dtype)
+    a = np.empty((num_states, padded), A.dtype)
+    g = np.empty((num_states, padded), A.dtype)
+    da = np.empty((num_states, padded), A.dtype)
+    d, shift = np.empty(padded, A.dtype), np.empty(padded, A.dtype)
+    dout, grad = np.empty(padded, A.dtype), np.empty(padded, A.dtype)
+    gb, gdt = np.empty(padded, A.dtype), np.empty(padded, A.dtype)
     per_group = dim // groups
     blocks_per_group = blocks // groups
     for task in range(start, stop):
@@ -145,12 +154,20 @@ def _backward(
         group, index = divmod(block, blocks_per_group)
         c0 = group * per_group + index * size
         width = min(size, per_group - index * size)
+        # Lanes beyond: no channel, and no part in sums over channels.
+        h[0] = zero
+        dts[:] = zero
+        dtus[:] = zero
+        outs[:] = zero
+        dout[:] = zero
         for k in range(num_paths):
-            for n in range(num_states):
-                for i in range(width):
-                    a[n, i] = A[k, n, c0 + i]
-                    da[n, i] = zero
-                    g[n, i] = dlast[image, k, c0 + i, n] if dlast.size else zero
+            _start(width, k, c0, A, D, bias, a, d, shift)
+            da[:] = zero
+            g[:] = zero
+            if dlast.size:
+                for n in range(num_states):
+                    for i in range(width):
+                        g[n, i] = dlast[image, k, c0 + i, n]
             for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
                 t0 = chunk * CHUNK
                 steps = min(CHUNK, length - t0)
@@ -165,12 +182,11 @@ def _backward(
                     delta_row = delta[at : at + width]
                     b0 = image * bs[0] + token * bs[1] + k * bs[2] + group * bs[3]
                     b_row = B[b0 : b0 + num_states]
-                    raw_row, dt = raw[s], dts[s]
+                    b0 = image * cs[0] + token * cs[1] + k * cs[2] + group * cs[3]
+                    c_row = C[b0 : b0 + num_states]
+                    raw_row, dt, dtu, out = raw[s], dts[s], dtus[s], outs[s]
                     for i in range(width):
-                        raw_row[i] = delta_row[i]
-                    if bias.size:
-                        for i in range(width):
-                            raw_row[i] += bias[k, c0 + i]
+                        raw_row[i] = delta_row[i] + shift[i]
                     if use_softplus:
                         for i in range(width):
                             dt[i] = softplus(raw_row[i])
@@ -179,13 +195,8 @@ def _backward(
                             dt[i] = raw_row[i]
                     for i in range(width):
                         dtu[i] = dt[i] * u_row[i]
-                    for n in range(num_states):
-                        b, a_row, decay_row = b_row[n], a[n], decay[s, n]
-                        before, after = h[s, n], h[s + 1, n]
-                        for i in range(width):
-                            value = exp2(dt[i] * a_row[i])
-                            decay_row[i] = value
-                            after[i] = value * before[i] + dtu[i] * b
+                        out[i] = d[i] * u_row[i]
+                    walk(h[s], h[s + 1], decay[s], a, b_row, c_row, dt, dtu, out)
                 for s in range(steps - 1, -1, -1):
                     token = paths[k, t0 + s]
                     at = image * us[0] + token * us[1] + k * us[2] + c0
@@ -196,82 +207,56 @@ def _backward(
                     c_row = C[b0 : b0 + num_states]
                     at = image * dys[0] + token * dys[1] + (0 if merge else k * dys[2]) + c0
                     dy_row = dy[at : at + width]
-                    dt = dts[s]
+                    dt, out = dts[s], outs[s]
                     for i in range(width):
                         dout[i] = dy_row[i]
-                        gb[i] = zero
-                        gdt[i] = zero
-                        dtu[i] = dt[i] * u_row[i]
                     if z.size:
                         at = image * zs[0] + token * zs[1] + k * zs[2] + c0
                         z_row = z[at : at + width]
                         for i in range(width):
-                            pre[i] = zero
-                        if D.size:
-                            for i in range(width):
-                                pre[i] = D[k, c0 + i] * u_row[i]
-                        for n in range(num_states):
-                            c, h_row = c_row[n], h[s + 1, n]
-                            for i in range(width):
-                                pre[i] += c * h_row[i]
-                        for i in range(width):
                             sig = sigmoid(z_row[i])
-                            gate_grad[i] = dout[i] * pre[i] * sig * (one + z_row[i] * (one - sig))
+                            grad[i] = dout[i] * out[i] * sig * (one + z_row[i] * (one - sig))
                             dout[i] *= z_row[i] * sig
                         dz_row = dz[image, token, 0 if z_shared else k, c0 : c0 + width]
                         if z_shared and k > 0:
                             for i in range(width):
-                                dz_row[i] += gate_grad[i]
+                                dz_row[i] += grad[i]
                         else:
                             for i in range(width):
-                                dz_row[i] = gate_grad[i]
-                    for n in range(num_states):
-                        b, c = b_row[n], c_row[n]
-                        g_row, a_row, da_row, decay_row = g[n], a[n], da[n], decay[s, n]
-                        before, after = h[s, n], h[s + 1, n]
-                        sum_b = zero
-                        sum_c = zero
-                        # Three loops, not one: LLVM checks at most eight pairs of rows for overlap.
-                        for i in range(width):
-                            grad = g_row[i] + dout[i] * c
-                            g_row[i] = grad
-                            gb[i] += grad * b
-                            sum_b += grad * dtu[i]
-                            sum_c += dout[i] * after[i]
-                        for i in range(width):
-                            grad = g_row[i] * decay_row[i]
-                            g_row[i] = grad
-                            gdt[i] += grad * before[i] * a_row[i]
-                        for i in range(width):
-                            da_row[i] += g_row[i] * before[i] * dt[i]
-                        dB[index, image, token, k, group, n] = sum_b
-                        dC[index, image, token, k, group, n] = sum_c
-                    du_row = du[image, token, 0 if u_shared else k, c0 : c0 + width]
+                                dz_row[i] = grad[i]
+                    gb[:] = zero
+                    gdt[:] = zero
+                    walk_back(
+                        h[s], h[s + 1], decay[s], a, b_row, c_row, dt, dtus[s], dout, g, da, gb, gdt,
+                        dB[index, image, token, k, group], dC[index, image, token, k, group],
+                    )  # fmt: skip
                     for i in range(width):
-                        pre[i] = dt[i] * gb[i]
+                        grad[i] = dt[i] * gb[i] + dout[i] * d[i]
                     if D.size:
+                        dD_row = dD[image, k, c0 : c0 + width]
                         for i in range(width):
-                            pre[i] += dout[i] * D[k, c0 + i]
-                            dD[image, k, c0 + i] += dout[i] * u_row[i]
+                            dD_row[i] += dout[i] * u_row[i]
+                    du_row = du[image, token, 0 if u_shared else k, c0 : c0 + width]
                     if u_shared and k > 0:
                         for i in range(width):
-                            du_row[i] += pre[i]
+                            du_row[i] += grad[i]
                     else:
                         for i in range(width):
-                            du_row[i] = pre[i]
+                            du_row[i] = grad[i]
                     # a holds A * log2(e)
+                    ddelta_row = ddelta[image, token, k, c0 : c0 + width]
                     for i in range(width):
                         gdt[i] = gdt[i] / log2e + gb[i] * u_row[i]
                     if use_softplus:
                         raw_row = raw[s]
                         for i in range(width):
                             gdt[i] *= sigmoid(raw_row[i])
-                    ddelta_row = ddelta[image, token, k, c0 : c0 + width]
                     for i in range(width):
                         ddelta_row[i] = gdt[i]
                     if bias.size:
+                        dbias_row = dbias[image, k, c0 : c0 + width]
                         for i in range(width):
-                            dbias[image, k, c0 + i] += gdt[i]
+                            dbias_row[i] += gdt[i]
             for n in range(num_states):
                 for i in range(width):
                     dA[image, k, n, c0 + i] = da[n, i]
