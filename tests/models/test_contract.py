@@ -1,5 +1,6 @@
 """What every family promises: timm's contract, any size, checkpointing, determinism, meta device, compile, export."""
 
+import copy
 import shutil
 
 import pytest
@@ -45,7 +46,8 @@ def image(channels=3, height=64, width=64, batch=2):
 def test_head_and_features(name):
     model = create(name, num_classes=7, in_chans=4)
     x = image(4)
-    assert model.num_classes == 7 and model.get_submodule(model.default_cfg["classifier"]) is model.get_classifier()
+    assert (model.in_chans, model.num_classes) == (4, 7)
+    assert model.get_submodule(model.default_cfg["classifier"]) is model.get_classifier()
     assert model.get_submodule(model.default_cfg["first_conv"]).in_channels == 4
     features = model.forward_features(x)
     assert torch.equal(model.forward_head(features), model(x)) and model(x).shape == (2, 7)
@@ -54,6 +56,47 @@ def test_head_and_features(name):
     assert isinstance(model.get_classifier(), torch.nn.Identity) and model(x).shape == (2, model.num_features)
     model.reset_classifier(5, "avg")
     assert model(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["test_mambavision", "test_samba", "test_vim2", "test_vmamba"])
+def test_pooling_of_two_widths(name):
+    model = create(name, num_classes=5)
+    model.reset_classifier(7, "catavgmax")
+    features = model.forward_features(image())
+    width = 2 * model.num_features
+    assert model.head_hidden_size == model.forward_head(features, pre_logits=True).shape[1] == width
+    assert model(image()).shape == (2, 7)
+    model.reset_classifier(5, "avg")
+    assert model.head_hidden_size == model.num_features and model(image()).shape == (2, 5)
+
+
+@every_model
+def test_new_head_is_of_the_models_device_type_and_mode(name):
+    model = create(name).to(device="meta", dtype=torch.float64)
+    pools = ("", "avg") if name != "test_xt" else ("avg", "token")
+    for num_classes, pool in ((0, pools[0]), (2, pools[1]), (0, None), (3, None)):
+        model.reset_classifier(num_classes, pool)
+        tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+        assert {(t.device.type, t.dtype) for t in tensors} == {("meta", torch.float64)}
+        assert not any(module.training for module in model.modules())
+
+
+@every_model
+def test_what_is_changed_afterwards_can_be_built_again(name):
+    """timm's record of a model's input and options, which its hub files carry, follows what was changed."""
+    timm_input = pytest.importorskip("timm.models._input", reason="this timm keeps no such record")
+    model = create(name, in_chans=4)
+    height, width = 64, 64
+    if hasattr(model, "set_input_size"):
+        model.requires_grad_(False).set_input_size((96, 64))
+        height = 96
+        assert not any(p.requires_grad for p in model.parameters())
+    model.reset_classifier(3, "avg")
+    assert timm_input.get_model_input_config(model)["input_size"] == (4, height, width)
+    again = create(name, **timm_input.get_model_args(model))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(image(4, height, width)), model(image(4, height, width)))
+    assert create(name, in_chans=4, features_only=True).in_chans == 4
 
 
 @every_model
@@ -90,6 +133,28 @@ def test_features_of_any_size(name):
     assert torch.equal(final, model.forward_features(x))
     assert model.prune_intermediate_layers([0]) == [0]
     assert torch.equal(model.forward_intermediates(x, indices=[0], intermediates_only=True)[0], maps[0])
+
+
+@every_model
+def test_pruned_model_ends_at_its_last_level(name):
+    whole, x = create(name, drop_rate=0.5, **MODELS[name]), image(height=64, width=96)
+    levels = whole.forward_intermediates(x, intermediates_only=True)
+    for i, info in enumerate(whole.feature_info):
+        final, early = whole.forward_intermediates(x, indices=[i], stop_early=True)
+        assert torch.equal(early[0], levels[i])
+        model = copy.deepcopy(whole)
+        assert model.prune_intermediate_layers([i]) == [i]
+        own_final, own = model.forward_intermediates(x)
+        assert torch.equal(own[-1], levels[i]) and torch.equal(own_final, model.forward_features(x))
+        assert torch.equal(own_final, final)
+        model.reset_classifier(7, "avg")
+        assert model.head_hidden_size == model.num_features == info["num_chs"]
+        assert model.forward_head(own_final, pre_logits=True).shape == (2, model.num_features)
+        model.train()(x).square().sum().backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    whole_again = copy.deepcopy(whole)
+    whole_again.prune_intermediate_layers([len(levels) - 1], prune_head=False)
+    assert torch.equal(whole_again(x), whole(x))
 
 
 @every_model

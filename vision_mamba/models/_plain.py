@@ -17,6 +17,14 @@ from ..layers import OverlapPatchEmbed
 from ..paths import scan_paths
 from ._builder import check_choice
 
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # timm 1.0.28 and before keep no record of a model's own size
+
+    def update_model_input_size(model: nn.Module, img_size: int | Sequence[int] | None, **model_args: Any) -> None:
+        pass
+
+
 # torch.fx takes these whole: they look at sizes, which have no values while it traces.
 register_notrace_module(OverlapPatchEmbed)
 register_notrace_function(scan_paths)
@@ -70,6 +78,7 @@ class PlainModel(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New head for ``num_classes`` (0 for none), and a new pooling if given."""
+        kept = set(self.modules())
         if global_pool is not None:
             self._set_global_pool(global_pool)
         self.num_classes = num_classes
@@ -80,6 +89,8 @@ class PlainModel(nn.Module):
             else nn.Identity()
         )
         self._init_head()
+        for module in set(self.modules()) - kept:  # a layer is born in training mode
+            module.train(self.training)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Build for another image size; the position embedding is resampled."""
@@ -87,7 +98,8 @@ class PlainModel(nn.Module):
         self.patch_embed.set_input_size(to_2tuple(img_size))
         if self.pos_embed is not None:
             resampled = resample_pos_embed(self.pos_embed, old_grid, self.patch_embed.grid_size, self.cls_position)
-            self.pos_embed = nn.Parameter(resampled.detach().clone())
+            self.pos_embed = nn.Parameter(resampled.detach().clone(), requires_grad=self.pos_embed.requires_grad)
+        update_model_input_size(self, self.patch_embed.img_size)
 
     def _block(self, block: nn.Module, x: Tensor, paths: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():

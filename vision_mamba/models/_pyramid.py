@@ -124,8 +124,8 @@ def make_feature_norms(stages: Sequence[int], dims: Sequence[int], **dd) -> nn.M
 class PyramidModel(nn.Module):
     """A timm model made of ``stem``, ``stages`` (:class:`Stage`), ``norm`` and ``head``, for images of any size.
 
-    A family's constructor makes these four, ``feature_info`` and ``num_classes``; ``feature_norms``
-    (:func:`make_feature_norms`) where levels may have norms of their own.
+    A family's constructor makes these four, ``feature_info``, ``in_chans``, ``num_classes`` and ``num_features``;
+    ``feature_norms`` (:func:`make_feature_norms`) where levels may have norms of their own.
     """
 
     output_fmt = "NHWC"
@@ -133,6 +133,13 @@ class PyramidModel(nn.Module):
     stages: nn.ModuleList
     norm: nn.Module
     head: ClassifierHead
+    num_features: int
+    feature_info: list[dict[str, Any]]
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels that enter the classifier: ``"catavgmax"`` gives it two for one."""
+        return self.head.in_features * self.head.global_pool.feat_mult()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -166,7 +173,10 @@ class PyramidModel(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New head for ``num_classes`` (0 for none), and a new pooling if given."""
         self.num_classes = num_classes
+        self.head.in_features = self.num_features  # of the last stage that pruning left
         self.head.reset(num_classes, global_pool)
+        weight = next(self.parameters())  # a head without weights knows neither device nor type
+        self.head.to(device=weight.device, dtype=weight.dtype).train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, in_chans, height, width) -> normalised last map (batch, rows, columns, channels)."""
@@ -202,7 +212,7 @@ class PyramidModel(nn.Module):
             x: (batch, in_chans, height, width).
             indices: stages, or how many of the last; None for all.
             norm: apply the final norm to the last stage's map.
-            stop_early: leave out the stages after the last one asked for.
+            stop_early: leave out the stages after the last one asked for, and the norm with them.
             output_fmt: ``"NCHW"`` (batch, channels, rows, columns) or ``"NHWC"``.
             intermediates_only: return the list of maps alone.
         """
@@ -215,16 +225,23 @@ class PyramidModel(nn.Module):
             if i in take:
                 taken = self.level(i, self.norm(x) if norm and i == len(self.stages) - 1 else x)
                 intermediates.append(taken.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else taken)
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
+        if intermediates_only:
+            return intermediates
+        # The norm is of the last stage's width.
+        return (x if stop_early and last < len(self.stages) - 1 else self.norm(x)), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop stages, norm and head that the chosen intermediates do not need."""
         take, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
-        if prune_norm:
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
+        # Norm and head are of the last stage's width.
+        if prune_norm or shortened:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or shortened:
             self.reset_classifier(0, "")
         return take

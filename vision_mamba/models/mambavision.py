@@ -169,9 +169,9 @@ class MambaVision(PyramidModel):
             if dim % heads:
                 raise ValueError(f"num_heads={tuple(num_heads)}: {heads} heads do not divide {dim} channels")
         dd = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.embed_dim = embed_dim
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
 
         self.stem = Stem(in_chans, stem_dim, embed_dim, **dd)
         rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]

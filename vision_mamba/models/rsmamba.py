@@ -126,7 +126,7 @@ class RSMamba(PlainModel):
         if pos_embed == "sine" and embed_dim % 4:
             raise ValueError(f"pos_embed='sine' needs an embed_dim that 4 divides, not {embed_dim}")
         dd = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.paths = tuple(paths)
         self.shuffle_seed, self.shuffle_draws, self.shuffle_paths = shuffle_seed, shuffle_draws, shuffle_paths

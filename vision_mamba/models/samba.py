@@ -138,8 +138,8 @@ class Samba(PyramidModel):
         if not len(dims) == len(depths) == len(mlp_ratios):
             raise ValueError(f"dims={dims}, depths={depths}, mlp_ratios={mlp_ratios}: give one number a stage in each")
         dd = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.num_features = dims[-1]
 
         self.stem = Stem(in_chans, stem_dim, dims[0], **dd)
         rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]

@@ -174,9 +174,9 @@ class VideoMamba(VideoMambaImage):
         check_choice("scan", scan, tuple(SCANS))
         dd = {"device": device, "dtype": dtype}
         super().__init__(
-            img_size, patch_size, stride=patch_size, embed_dim=embed_dim, depth=depth, cls_position="head",
-            bimamba_type="v2", if_divide_out=False, if_bidirectional=False, paths=SCANS[scan], pos_embed=True, **dd,
-            **kwargs,
+            img_size, patch_size, stride=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth,
+            cls_position="head", bimamba_type="v2", if_divide_out=False, if_bidirectional=False, paths=SCANS[scan],
+            pos_embed=True, **dd, **kwargs,
         )  # fmt: skip
         self.patch_embed = TubeletEmbed(
             to_2tuple(img_size), patch_size, num_frames=num_frames, tubelet_size=tubelet_size, in_chans=in_chans,

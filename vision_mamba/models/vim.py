@@ -163,7 +163,7 @@ class VisionMamba(PlainModel):
         if attn_every and if_bidirectional:
             raise ValueError("attn_every and if_bidirectional exclude one another: attention has no direction")
         dd = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.cls_position = num_registers or cls_position
         self.num_cls_tokens = len(cls_positions(self.cls_position, 1))

@@ -175,9 +175,9 @@ class ViM2(PyramidModel):
         if token_mixers < 1:
             raise ValueError(f"token_mixers={token_mixers}: a block has one or more")
         dd = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
 
         self.stem = Stem(in_chans, embed_dim, overlap=False, **dd)
         mixer_args = dict(

@@ -128,11 +128,11 @@ class VMamba(PyramidModel):
         check_choice("stem", stem, ("overlap", "patch"))
         check_choice("downsample", downsample, ("conv3", "conv2", "merging"))
         dd = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.embed_dim = embed_dim
         self.num_paths = len(expand_paths(paths, 4))
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
 
         self.stem = Stem(in_chans, embed_dim, overlap=stem == "overlap", **dd)
         mixer_args = dict(

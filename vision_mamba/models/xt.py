@@ -206,9 +206,8 @@ class XT(nn.Module):
         if embed_dim % 4:
             raise ValueError(f"embed_dim={embed_dim}: the position table needs a multiple of 4")
         dd = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self._set_global_pool(global_pool)
         self.grad_checkpointing = False
 
         self.encoder = RegionEncoder(
@@ -222,6 +221,7 @@ class XT(nn.Module):
         levels = self.encoder.feature_info
         self.input_proj: nn.Module = nn.Linear(levels[-1]["num_chs"], embed_dim, **dd)
         self.cls_token: nn.Parameter | None = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
+        self._set_global_pool(global_pool)
         mixer_args = dict(d_state=d_state, d_conv=d_conv, expand=expand)
         self.blocks = nn.ModuleList(ContextBlock(embed_dim, mixer_args=mixer_args, **dd) for _ in range(depth))
         self.norm: nn.Module = nn.LayerNorm(embed_dim, **dd)
@@ -235,7 +235,8 @@ class XT(nn.Module):
         )
 
     def _set_global_pool(self, global_pool: str) -> None:
-        check_choice("global_pool", global_pool, ("token", "avg", ""))
+        allowed = ("token", "avg", "")
+        check_choice("global_pool", global_pool, allowed if self.cls_token is not None else allowed[1:])
         self.global_pool = global_pool
 
     @torch.jit.ignore
@@ -278,10 +279,10 @@ class XT(nn.Module):
         self.num_classes = num_classes
         weight = next(self.parameters())
         self.head = (
-            nn.Linear(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
+            nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
             if num_classes > 0
             else nn.Identity()
-        )
+        ).train(self.training)
 
     def _context(self, x: Tensor) -> Tensor:
         """The region encoder's last map -> tokens (batch, L + 1, embed_dim), row by row, class token last; no norm."""
@@ -297,14 +298,20 @@ class XT(nn.Module):
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(batch, in_chans, height, width) -> normalised tokens (batch, L + 1, embed_dim), class token last."""
-        maps = self.encoder(x, (len(self.feature_info) - 2,))
-        return self.norm(self._context(maps[0]))
+        """(batch, in_chans, height, width) -> normalised tokens (batch, L + 1, embed_dim), class token last.
+
+        Without the context encoder, which pruning may take away: the last map (batch, rows, columns, channels).
+        """
+        (last,) = self.encoder(x, (len(self.encoder.feature_info) - 1,))
+        return last if self.cls_token is None else self.norm(self._context(last))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens -> (batch, num_classes), or what enters the classifier with ``pre_logits``."""
         if self.global_pool:
-            x = x[:, -1] if self.global_pool == "token" else x[:, :-1].mean(1)
+            if self.cls_token is None:
+                x = x.mean((1, 2))
+            else:
+                x = x[:, -1] if self.global_pool == "token" else x[:, :-1].mean(1)
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
@@ -332,16 +339,16 @@ class XT(nn.Module):
             intermediates_only: return the list of maps alone.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
-        take, _ = feature_take_indices(len(self.feature_info), indices)
-        context = len(self.feature_info) - 1
+        context = len(self.encoder.feature_info)
+        take, _ = feature_take_indices(context + (self.cls_token is not None), indices)
         wanted = {i for i in take if i < context}
-        needs_context = context in take or not (stop_early or intermediates_only or self.cls_token is None)
-        if needs_context:
+        to_the_end = context in take or not (stop_early or intermediates_only)
+        if to_the_end:
             wanted.add(context - 1)
         levels = sorted(wanted)
         maps = dict(zip(levels, self.encoder(x, levels), strict=True))
         final = maps[levels[-1]]
-        if needs_context:
+        if to_the_end and self.cls_token is not None:
             rows, columns = final.shape[1], final.shape[2]
             tokens = self._context(final)
             final = self.norm(tokens)
@@ -355,11 +362,14 @@ class XT(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what the chosen levels do not need: stages of the region encoder, context encoder, norm, head."""
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        if last < len(self.feature_info) - 1:
+        context = len(self.encoder.feature_info)
+        take, last = feature_take_indices(context + (self.cls_token is not None), indices)
+        if last < context:
             self.encoder.model.prune_intermediate_layers([last], prune_norm=True, prune_head=True)
+            self.encoder.feature_info = self.encoder.feature_info[: last + 1]
             self.input_proj, self.cls_token, self.blocks = nn.Identity(), None, nn.ModuleList()
-            prune_norm = True
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            prune_norm = prune_head = True
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
