@@ -1,5 +1,6 @@
 """One training step, evaluation, test and prediction of every config family, by the tools' own code, on real pictures."""
 
+import argparse
 import functools
 import glob
 import json
@@ -8,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.config import utils as config_utils
 from PIL import Image
 
 from vision_mamba.errors import UserError
 from vision_mamba.mm import VisionMambaBackbone
-from vision_mamba.mm.run import main_predict, main_test, main_train
+from vision_mamba.mm.run import _build_model, load_config, main_predict, main_test, main_train
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "vision_mamba/data/builtin/examples").glob("*.jpg"))
@@ -165,6 +166,26 @@ def config_path(kind, name):
     return ROOT / "configs" / kind / f"{name}.py"
 
 
+@pytest.fixture
+def quick_configs(monkeypatch):
+    """mmengine reads the same hundred YAML files of a package for every base config."""
+    monkeypatch.setattr(config_utils, "load", functools.cache(config_utils.load))
+
+
+def tiny_model(task, kind, name, options):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("options", nargs="+", action=DictAction)
+    return _build_model(load_config(str(config_path(kind, name)), task, parser.parse_args(options).options))
+
+
+def check_loss(model, batch):
+    """Finite, with a gradient for every trained parameter: without one, distributed training stops."""
+    total, _ = model.parse_losses(model(**model.data_preprocessor(batch, True), mode="loss"))
+    total.backward()
+    assert torch.isfinite(total)
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 @pytest.mark.parametrize("name", SEGMENTATION)
 def test_segmentation_family(name, mmseg_root, tmp_path):
     config, options = config_path("segmentation", name), segmentation_options(name)
@@ -206,6 +227,52 @@ def test_detection_family(name, coco_root, tmp_path):
         assert 0 <= x1 <= x2 <= SIDE[0] and 0 <= y1 <= y2 <= SIDE[1] and 0 <= box["score"] <= 1
 
 
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentor_in_three_modes(name, quick_configs):
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    model = tiny_model("seg", "segmentation", name, segmentation_options(name))
+    classes = model.decode_head.num_classes
+
+    def batch(*sizes):
+        inputs = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in sizes]
+        truth = [PixelData(data=torch.randint(classes, (1, *size))) for size in sizes]
+        metas = [dict(img_shape=size, ori_shape=size) for size in sizes]
+        return dict(
+            inputs=inputs,
+            data_samples=[SegDataSample(gt_sem_seg=t, metainfo=m) for t, m in zip(truth, metas, strict=True)],
+        )
+
+    check_loss(model, batch((64, 64), (50, 41)))
+    model.eval()
+    data = model.data_preprocessor(batch((70, 96)), False)
+    with torch.no_grad():
+        for samples in (data["data_samples"], None):
+            (found,) = model(data["inputs"], samples, mode="predict")
+            assert found.seg_logits.shape == (70, 96) and len(found.seg_logits.data) == classes
+            assert torch.equal(found.pred_sem_seg.data[0], found.seg_logits.data.argmax(0))
+        raw = model(data["inputs"], mode="tensor")
+    assert raw.shape[:2] == (1, classes) and torch.isfinite(raw).all()
+
+
+@pytest.mark.parametrize("name", DETECTION)
+def test_detector_in_three_modes(name, quick_configs):
+    from mmdet.testing import demo_mm_inputs
+
+    few = ["train_cfg.rpn_proposal.max_per_img=8", "test_cfg.rpn.max_per_img=4", "test_cfg.rcnn.max_per_img=4"]
+    few = [f"model.{option}" for option in few] if "rcnn" in name else []
+    model = tiny_model("det", "detection", name, [*detection_options(name), *few])
+    check_loss(model, demo_mm_inputs(2, [[3, 64, 64], [3, 50, 41]], num_items=[2, 3], with_mask=True))
+    model.eval()
+    data = model.data_preprocessor(demo_mm_inputs(2, [[3, 64, 64], [3, 50, 41]]), False)
+    with torch.no_grad():
+        found = model(**data, mode="predict")
+        raw = model(**data, mode="tensor")
+    assert len(found) == 2 and all(len(f.pred_instances) for f in found)
+    assert isinstance(raw, tuple) and raw
+
+
 def test_resumed_run_goes_on(mmseg_root, tmp_path):
     config, options = config_path("segmentation", "vmamba_tiny_loveda"), segmentation_options("vmamba_tiny_loveda")
     options = [o for o in options if "max_iters" not in o]
@@ -225,10 +292,8 @@ def test_resumed_run_goes_on(mmseg_root, tmp_path):
     assert {row["step"] for row in rows if "mIoU" in row} == {1, 2}
 
 
-def test_configs_fit_their_backbones(monkeypatch):
+def test_configs_fit_their_backbones(quick_configs):
     """Channels of heads and necks against the backbone's, of every config; and all classes counted alike."""
-    # mmengine reads the same hundred YAML files of a package for every base config.
-    monkeypatch.setattr(config_utils, "load", functools.cache(config_utils.load))
     backbones = {}
     paths = sorted(p for kind in ("segmentation", "detection") for p in glob.glob(str(ROOT / f"configs/{kind}/*.py")))
     assert len(paths) > 40
