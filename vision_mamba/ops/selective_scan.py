@@ -100,7 +100,7 @@ def selective_scan(
         elif save_states:
             y, last_state, _ = _Scan.apply(delta_weight, *inputs)
         else:
-            y, last_state, _ = _forward(u4, step_sizes(delta4, delta_weight), *inputs[2:])
+            y, last_state, _ = _forward(*inputs, delta_weight)
     if merge == "none" and not has_paths:
         y = y.squeeze(2)
     if not return_last_state:
@@ -247,10 +247,13 @@ _TENSORS = (
 )
 
 
-def _forward(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, backend):
+def _forward(
+    u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, backend,
+    delta_weight=None,
+):  # fmt: skip
     """Canonical shapes in; y, last state (b, K, D, N) and the backend's saved border states out."""
     return load_backend(backend).selective_scan_forward(
-        u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states
+        u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, delta_weight
     )
 
 
@@ -340,7 +343,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, delta_weight, u, delta, *inputs):
         *tensors, delta_softplus, merge, _, backend = inputs
-        output = _forward(u, step_sizes(delta, delta_weight), *inputs)
+        output = _forward(u, delta, *inputs, delta_weight)
         ctx.save_for_backward(u, delta, *tensors, output[2], delta_weight)
         ctx.options = (delta_softplus, merge, backend)
         ctx.set_materialize_grads(False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .runtime import KERNEL, LOG2E, check_paths, flat, run_tasks, sigmoid, softplus
-from .walk import LANES, walk, walk_back
+from .walk import LANES, add_product, walk, walk_back
 
 CHUNK = 16  # steps between saved states: the backward pass recomputes what lies between
 BLOCK = 192  # channels a task at most: tiles of a chunk's states [CHUNK, N, BLOCK] stay in the second-level cache
@@ -59,7 +59,7 @@ def _start(width, k, c0, A, D, bias, a, d, shift):
 
 @numba.njit(**KERNEL)
 def _forward(
-    start, stop, sizes, u, us, delta, ds, A, B, bs, C, cs, D, z, zs, bias, initial, paths,
+    start, stop, sizes, u, us, delta, ds, weight, A, B, bs, C, cs, D, z, zs, bias, initial, paths,
     use_softplus, merge, y, last_state, states
 ):  # fmt: skip
     length, num_paths, dim, num_states, groups, blocks, size = sizes
@@ -68,6 +68,8 @@ def _forward(
     h = np.empty((num_states, padded), A.dtype)
     a = np.empty((num_states, padded), A.dtype)
     d, shift = np.empty(padded, A.dtype), np.empty(padded, A.dtype)
+    rank = weight.shape[1]
+    w = np.zeros((rank, padded), A.dtype)
     dt, dtu = np.zeros(padded, A.dtype), np.zeros(padded, A.dtype)
     acc = np.zeros(padded, A.dtype)
     per_group = dim // groups
@@ -79,6 +81,9 @@ def _forward(
         width = min(size, per_group - index * size)
         for k in range(num_paths):
             _start(width, k, c0, A, D, bias, a, d, shift)
+            for r in range(rank):
+                for i in range(width):
+                    w[r, i] = weight[k, r, c0 + i]
             h[:] = zero
             if initial.size:
                 for n in range(num_states):
@@ -92,18 +97,21 @@ def _forward(
                 token = paths[k, t]
                 at = image * us[0] + token * us[1] + k * us[2] + c0
                 u_row = u[at : at + width]
-                at = image * ds[0] + token * ds[1] + k * ds[2] + c0
-                delta_row = delta[at : at + width]
                 b0 = image * bs[0] + token * bs[1] + k * bs[2] + group * bs[3]
                 b_row = B[b0 : b0 + num_states]
                 b0 = image * cs[0] + token * cs[1] + k * cs[2] + group * cs[3]
                 c_row = C[b0 : b0 + num_states]
-                if use_softplus:
-                    for i in range(width):
-                        dt[i] = softplus(delta_row[i] + shift[i])
+                at = image * ds[0] + token * ds[1] + k * ds[2]
+                if rank:
+                    dt[:] = shift
+                    add_product(w, delta[at : at + rank], dt)
                 else:
+                    delta_row = delta[at + c0 : at + c0 + width]
                     for i in range(width):
                         dt[i] = delta_row[i] + shift[i]
+                if use_softplus:
+                    for i in range(width):
+                        dt[i] = softplus(dt[i])
                 for i in range(width):
                     dtu[i] = dt[i] * u_row[i]
                     acc[i] = d[i] * u_row[i]
@@ -267,8 +275,8 @@ def _backward(
 def _prepare(u, delta, A, B, C, D, z, delta_bias, paths):
     """Arrays for the kernels, in the dtype of the computation."""
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    batch, length, num_paths, dim = delta.shape
-    num_states, groups = A.shape[-1], B.shape[3]
+    batch, length, num_paths = delta.shape[:3]
+    dim, num_states, groups = A.shape[1], A.shape[2], B.shape[3]
     blocks, size = _split(batch, dim // groups)
     empty = np.empty((0, 0), np.float64 if dtype == torch.float64 else np.float32)
 
@@ -292,20 +300,28 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias, paths):
 
 
 def selective_scan_forward(
-    u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states
+    u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, delta_weight=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y, the last state (batch, K, D, N), and the border states (empty unless asked for)."""
+    """Returns y, the last state (batch, K, D, N), and the border states (empty unless asked for).
+
+    With ``delta_weight`` (K, D, R) or (D, R), ``delta`` is (batch, L, K, R): a row of step sizes is made when the scan
+    comes to it, and the tensor of them all, the largest of a block, is never in memory.
+    """
     dtype, batch, sizes, x = _prepare(u, delta, A, B, C, D, z, delta_bias, paths)
     length, num_paths, dim, num_states, _, blocks, _ = sizes
     y = torch.empty(batch, length, 1 if merge else num_paths, dim, dtype=dtype)
     last_state = torch.empty(batch, num_paths, dim, num_states, dtype=dtype)
-    states = new_states(delta, num_states, save_states)
+    states = new_states(delta[..., :1].expand(batch, length, num_paths, dim), num_states, save_states)
+    if delta_weight is None:
+        weight = torch.empty(num_paths, 0, dim, dtype=dtype)
+    else:
+        weight = delta_weight.detach().to(dtype).expand(num_paths, dim, -1).transpose(1, 2).contiguous()
     if initial_state is None:
         initial = torch.empty(0, 0, 0, 0, dtype=dtype)
     else:
         initial = initial_state.detach().to(dtype).transpose(2, 3).contiguous()
     run_tasks(
-        _forward, batch * blocks, sizes, *x["u"], *x["delta"], x["A"], *x["B"], *x["C"], x["D"], *x["z"],
+        _forward, batch * blocks, sizes, *x["u"], *x["delta"], weight.numpy(), x["A"], *x["B"], *x["C"], x["D"], *x["z"],
         x["bias"], initial.numpy(), x["paths"], delta_softplus, merge,
         y.numpy(), last_state.numpy(), states.numpy(),
     )  # fmt: skip

@@ -34,7 +34,7 @@ class _Step:
 
     def __init__(self, context: Any, builder: ir.IRBuilder, kinds: dict[str, Any], values: Any) -> None:
         self.builder = builder
-        self.scalar = context.get_data_type(kinds["dt"].dtype)
+        self.scalar = context.get_data_type(kinds["a"].dtype)
         self.vector = ir.VectorType(self.scalar, LANES)
         self.align = 8 if isinstance(self.scalar, ir.DoubleType) else 4  # of a number: rows start anywhere
         views = {
@@ -161,6 +161,14 @@ def _emit_forward(step: _Step) -> None:
         step.store(step.builder.load(total), "total", i)
 
 
+def _emit_product(step: _Step) -> None:
+    with step.each_vector() as i:
+        total = step.variable(step.load("total", i))
+        with step.each_state() as n:
+            step.increase(total, step.times(step.load("a", step.place(n, i)), step.spread("b", n)))
+        step.store(step.builder.load(total), "total", i)
+
+
 def _emit_backward(step: _Step) -> None:
     with step.each_state(step=_TOGETHER) as n:
         _emit_backward_of(step, n, _TOGETHER)
@@ -203,6 +211,11 @@ def _walk(typing_context, before, after, decay, a, b, c, dt, dtu, total):
 
 
 @intrinsic
+def _add_product(typing_context, a, b, total):
+    return _described(_emit_product, a=a, b=b, total=total)
+
+
+@intrinsic
 def _walk_back(typing_context, before, after, decay, a, b, c, dt, dtu, dout, g, da, gb, gdt, sum_b, sum_c):
     return _described(
         _emit_backward, before=before, after=after, decay=decay, a=a, b=b, c=c, dt=dt, dtu=dtu, dout=dout, g=g, da=da,
@@ -217,6 +230,12 @@ def walk(before, after, decay, a, b, c, dt, dtu, total):
     ``before`` and ``after`` may be one tile; ``decay`` may be None.
     """
     _walk(before, after, decay, a, b, c, dt, dtu, total)
+
+
+@numba.njit(**KERNEL)
+def add_product(a, b, total):
+    """total += sum over n of b[n] * a[n]."""
+    _add_product(a, b, total)
 
 
 @numba.njit(**KERNEL)

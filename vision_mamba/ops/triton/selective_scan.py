@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from ..selective_scan import step_sizes
 from .runtime import (
     HAS_GLUON,
     LOG2E,
@@ -813,9 +814,13 @@ def _merged(by_path: Tensor) -> Tensor:
 
 
 def selective_scan_forward(
-    u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states
+    u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, delta_weight=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y, the last state (batch, K, D, N), and the border states (empty unless asked for)."""
+    """Returns y, the last state (batch, K, D, N), and the border states (empty unless asked for).
+
+    With ``delta_weight`` the step sizes are low-rank, and expanded first.
+    """
+    delta = step_sizes(delta, delta_weight)
     x = _arguments(u, delta, A, B, C, D, z, delta_bias, paths)
     check_dtypes(initial_state=initial_state)
     batch, length, num_paths, dim = delta.shape
