@@ -157,7 +157,7 @@ def main() -> None:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "commit": commit(),
-        "command": "python -m benchmarks.models " + " ".join(a for a in sys.argv[1:] if "/" not in a),
+        "command": "python -m benchmarks.models " + " ".join(a.rsplit("/", 1)[-1] for a in sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "rows": results,
     }
