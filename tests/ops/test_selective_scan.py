@@ -211,13 +211,14 @@ def test_bad_input_is_named():
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("own", [True, False], ids=["a matrix for each path", "one for all"])
 @pytest.mark.parametrize("with_paths", [True, False])
-def test_low_rank_steps_equal_their_product(with_paths, own, backend):
+@pytest.mark.parametrize("dim, groups", [(6, 1), (400, 2)])
+def test_low_rank_steps_equal_their_product(dim, groups, with_paths, own, backend):
     generator = torch.Generator().manual_seed(0)
-    inputs, table = make_inputs(2, 7, 3, 6, 4, 1, torch.float64)
+    inputs, table = make_inputs(2, 7, 3, dim, 4, groups, torch.float64)
     if not with_paths:  # every path reads the same steps, B and C
         inputs |= {name: inputs[name][:, :, 0] for name in ("B", "C")}
     low = torch.randn(2, 7, *([3] if with_paths else []), 2, generator=generator, dtype=torch.float64)
-    weight = torch.randn(*([3] if own and with_paths else []), 6, 2, generator=generator, dtype=torch.float64)
+    weight = torch.randn(*([3] if own and with_paths else []), dim, 2, generator=generator, dtype=torch.float64)
     product = "blkr,kdr->blkd" if weight.ndim == 3 else "...r,dr->...d"
 
     found = []

@@ -321,8 +321,8 @@ def selective_scan_forward(
     else:
         initial = initial_state.detach().to(dtype).transpose(2, 3).contiguous()
     run_tasks(
-        _forward, batch * blocks, sizes, *x["u"], *x["delta"], weight.numpy(), x["A"], *x["B"], *x["C"], x["D"], *x["z"],
-        x["bias"], initial.numpy(), x["paths"], delta_softplus, merge,
+        _forward, batch * blocks, sizes, *x["u"], *x["delta"], weight.numpy(), x["A"], *x["B"], *x["C"], x["D"],
+        *x["z"], x["bias"], initial.numpy(), x["paths"], delta_softplus, merge,
         y.numpy(), last_state.numpy(), states.numpy(),
     )  # fmt: skip
     return (y.squeeze(2) if merge else y).to(u.dtype), last_state, states
