@@ -77,6 +77,7 @@ def test_speed_is_the_fastest_row_of_the_size(tool, monkeypatch, tmp_path):
     ]
     for name in ("vim-h100", "vim-h100-before", "vim-cpu"):
         (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows if "h100" in name else rows[2:]}))
+    (tmp_path / "scenes-cpu.json").write_text(json.dumps({"scenes": []}))
     monkeypatch.setattr(tool, "RESULTS", tmp_path)
     files = tool.measurements()
     assert list(files) == ["vim-cpu", "vim-h100"] and tool.speed(entry, files) == "H100 1,200 / –"

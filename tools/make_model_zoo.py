@@ -188,11 +188,16 @@ def agreement(family: str, origin: str) -> Agreement:
 
 
 def measurements() -> dict[str, dict[str, Any]]:
-    """The last results of each family and device: those of other names than FAMILY-DEVICE.json are older records."""
+    """The last results of each family and device: those of other names than FAMILY-DEVICE.json are older records.
+
+    Other programs' results (of scenes, for example) have no rows of models.
+    """
     files = {}
     for path in sorted(RESULTS.glob("*.json")):
         if re.fullmatch(r"[a-z0-9]+-[a-z0-9]+", path.stem):
-            files[path.stem] = json.loads(path.read_text())
+            results = json.loads(path.read_text())
+            if "rows" in results:
+                files[path.stem] = results
     return files
 
 
