@@ -46,8 +46,8 @@ from benchmarks.models import commit
 from vision_mamba.data.rasters import load_rasterio
 from vision_mamba.engine.benchmark import device_name
 from vision_mamba.engine.checkpoint import versions
-from vision_mamba.engine.plots import replacing
 from vision_mamba.errors import UserError, run_main
+from vision_mamba.files import replacing
 from vision_mamba.geo import Segmentor, segment_raster
 from vision_mamba.geo.reader import SceneReader
 from vision_mamba.geo.windows import Grid, blend_rows, blend_weights, weigh

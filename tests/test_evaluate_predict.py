@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from vision_mamba.engine.evaluate import evaluate
-from vision_mamba.engine.plots import plot_confusion, plot_contact_sheet, plot_curves, replacing
+from vision_mamba.engine.plots import plot_confusion, plot_contact_sheet, plot_curves
 from vision_mamba.errors import run_main
+from vision_mamba.files import replacing
 
 TOOLS = Path(__file__).parents[1] / "tools"
 CLASSES = ["blue", "green", "red"]

@@ -150,7 +150,7 @@ def test_killed_runs_end_with_the_same_weights(settings, tmp_path):
     assert stops == sorted(stops)
     assert stops[-1] < (20, 0)
     # What a writer killed in mid-write leaves, whether or not one of the above was.
-    (out / "last.pth.tmp").write_bytes(b"half a file")
+    (out / ".last.77.pth").write_bytes(b"half a file")
     with open(out / "log.csv", "a") as log:
         log.write("19,0.00")
     run(settings, out, *overrides, resume="auto")
@@ -158,7 +158,7 @@ def test_killed_runs_end_with_the_same_weights(settings, tmp_path):
     whole, killed = read(tmp_path / "whole" / "last.pth"), read(out / "last.pth")
     assert not differences(whole, killed)
     assert not differences(read(tmp_path / "whole" / "best.pth"), read(out / "best.pth"))
-    assert not list(out.glob("*.tmp"))
+    assert not list(out.glob(".*"))
     logs = [read_log(tmp_path / "whole"), read_log(out)]
     for row in (row for log in logs for row in log):
         del row["images_per_s"]

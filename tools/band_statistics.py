@@ -15,8 +15,8 @@ from pathlib import Path
 import yaml
 
 from vision_mamba.data import band_statistics, open_dataset
-from vision_mamba.engine.plots import replacing
 from vision_mamba.errors import UserError, run_main
+from vision_mamba.files import replacing
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from vision_mamba.checkpoint import find_state_dict, read_checkpoint
 from vision_mamba.engine.convert import convert, guess_model
-from vision_mamba.engine.plots import replacing
 from vision_mamba.errors import UserError, run_main
+from vision_mamba.files import replacing
 
 
 def main(argv: list[str] | None = None) -> None:

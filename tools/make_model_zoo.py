@@ -26,8 +26,8 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from vision_mamba.engine.convert import zoo_models
-from vision_mamba.engine.plots import replacing
 from vision_mamba.errors import UserError, run_main
+from vision_mamba.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT / "model_zoo.md"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import platform
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import timm
 import torch
 
 from vision_mamba import checkpoint
 from vision_mamba.errors import UserError
+from vision_mamba.files import leftovers, replacing
 
 FORMAT = "vision_mamba/1"
 LAST, BEST, CONFIG, LOG = "last.pth", "best.pth", "config.yaml", "log.csv"
@@ -22,18 +21,20 @@ RUN_FILES = (LAST, BEST, CONFIG, LOG)
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Writes a checkpoint so that a reader sees the old file or the new one, never a part."""
-    _write(path, lambda file: torch.save({"format": FORMAT, **state, "versions": versions()}, file))
+    with replacing(path, durable=True) as temporary:
+        torch.save({"format": FORMAT, **state, "versions": versions()}, temporary)
 
 
 def write_text(text: str, path: Path) -> None:
     """Writes a small text file with the same guarantee as `save_checkpoint`."""
-    _write(path, lambda file: file.write(text.encode()))
+    with replacing(path, durable=True) as temporary:
+        temporary.write_bytes(text.encode())
 
 
 def remove_leftovers(folder: Path) -> None:
     """Deletes the temporary files of a writer that was killed."""
-    for pattern in (*(f"{name}.tmp" for name in RUN_FILES), ".curves.*.png", ".confusion.*.png", ".per_class.*.csv"):
-        for path in folder.glob(pattern):
+    for name in (*RUN_FILES, "curves.png", "confusion.png", "per_class.csv"):
+        for path in leftovers(folder / name):
             path.unlink()
 
 
@@ -74,19 +75,3 @@ def versions() -> dict[str, str]:
         "timm": timm.__version__,
         "python": platform.python_version(),
     }
-
-
-def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    # To a temporary name, down to the disk, then in place of the old file in one step.
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    # The rename itself must reach the disk too.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -30,8 +30,8 @@ from vision_mamba import ops  # noqa: F401  # defines the operators that .pt2 fi
 from vision_mamba.engine.build import create_any_size
 from vision_mamba.engine.checkpoint import versions
 from vision_mamba.engine.evaluate import TrainedModel
-from vision_mamba.engine.plots import replacing
 from vision_mamba.errors import UserError, nearest
+from vision_mamba.files import replacing
 from vision_mamba.ops.backend import resolve_backend
 
 SUFFIXES = (".pt2", ".onnx")

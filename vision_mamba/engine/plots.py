@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vision_mamba.files import replacing
+
 _MAX_NAMED_CLASSES = 40
 _MAX_NUMBERED_CELLS = 20
-
-
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` and moves it there when the block ends well.
-
-    A reader sees the old file or the whole new one; a block that fails leaves nothing behind.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def plot_curves(csv_rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:

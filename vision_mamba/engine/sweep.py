@@ -24,9 +24,9 @@ import vision_mamba
 from vision_mamba.engine import build
 from vision_mamba.engine.checkpoint import LOG
 from vision_mamba.engine.config import Config, changed_keys, config_from_dict, config_to_dict, load_config
-from vision_mamba.engine.plots import replacing
 from vision_mamba.engine.train import train
 from vision_mamba.errors import UserError, nearest, run_main
+from vision_mamba.files import replacing
 
 RESULT = "result.json"
 MEASURES = (

@@ -18,8 +18,8 @@ from torchvision.ops import batched_nms
 
 from vision_mamba.data.rasters import load_rasterio
 from vision_mamba.engine.distributed import barrier
-from vision_mamba.engine.plots import replacing
 from vision_mamba.errors import UserError
+from vision_mamba.files import replacing
 
 from .models import Detector
 from .parts import Parts, Writer

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vision_mamba.engine.distributed import barrier
 from vision_mamba.errors import UserError
+from vision_mamba.files import replacing
 
 from .reader import SceneReader
 from .windows import Grid
@@ -105,9 +106,8 @@ class Parts:
             shutil.rmtree(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = plan.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.plan))
-            temporary.replace(plan)
+            with replacing(plan) as temporary:
+                temporary.write_text(json.dumps(self.plan))
         except OSError as error:
             raise UserError(f"cannot make the folder {self.folder}: {error.strerror or error}") from None
 
@@ -132,10 +132,8 @@ class Parts:
     def save(self, path: Path, array: np.ndarray) -> None:
         """Writes a part's file, whole or not at all."""
         # Two processes write what they share at the border of their rows, the same numbers under the same name.
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            np.save(file, array)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            np.save(temporary, array)
 
     def close(self, rank: int = 0) -> None:
         """Removes the folder, when all processes have arrived."""

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from vision_mamba.data.rasters import load_rasterio
-from vision_mamba.engine.plots import replacing
 from vision_mamba.errors import UserError
+from vision_mamba.files import replacing
 
 from .models import Segmentor
 

@@ -11,7 +11,7 @@ from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from ..engine.plots import replacing
+from ..files import replacing
 
 _NOT_METRICS = ("time", "data_time", "memory", "iter", "epoch", "step", "lr", "base_lr")
 

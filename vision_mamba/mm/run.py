@@ -21,8 +21,8 @@ from mmengine.runner.checkpoint import find_latest_checkpoint
 
 from ..checkpoint import find_state_dict, read_checkpoint
 from ..data import is_image_name
-from ..engine.plots import replacing
 from ..errors import UserError
+from ..files import replacing
 from .checks import check_config
 from .hooks import draw_sample
 
