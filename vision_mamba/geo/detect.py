@@ -23,7 +23,7 @@ from vision_mamba.files import replacing
 
 from .models import Detector
 from .parts import Parts, Writer
-from .products import decimated, refuse_existing
+from .products import decimated
 from .reader import Batch, SceneReader, each_window, gdal_options
 from .windows import Grid
 
@@ -102,10 +102,7 @@ def detect_raster(
     files = [stem.with_suffix(suffix) for suffix in (".gpkg", ".json", ".png")]
     options = dict(batch_size=batch_size, score=score, value_range=value_range, classes=list(detector.classes))
     parts = Parts(stem.with_name(f".{stem.name}.partial"), reader, grid, len(grid.tops), options)
-    if rank == 0:
-        # Where parts are left, the results that exist are those of the run that goes on.
-        refuse_existing(files, overwrite or (resume and parts.folder.exists()))
-    parts.open(resume=resume, overwrite=overwrite, rank=rank)
+    parts.open(files, resume=resume, overwrite=overwrite, rank=rank)
     x_owned, y_owned = _owned(grid.lefts, grid), _owned(grid.tops, grid)
     seen = 0
 

@@ -79,13 +79,23 @@ class Parts:
     def path(self, panel: int, index: int) -> Path:
         return self.folder / f"{panel:03d}-{index:06d}.npy"
 
-    def open(self, *, resume: bool, overwrite: bool, rank: int = 0) -> None:
+    def open(self, results: Iterable[Path], *, resume: bool, overwrite: bool, rank: int = 0) -> None:
         """The first process makes the folder, or checks what it goes on with; the others wait.
 
+        Args:
+            results: what the parts will be made into.
+            resume, overwrite: go on with a run that was interrupted; replace what exists.
+            rank: this process.
+
         Raises:
-            UserError: the folder is there and neither ``resume`` nor ``overwrite`` is set, or it is of other options.
+            UserError: one of the results exists and is not to be replaced; the folder is there and neither ``resume``
+                nor ``overwrite`` is set, or it is of other options.
         """
         if rank == 0:
+            existing = [path for path in results if path.exists()]
+            # Where parts are left, the results that exist are those of the run that goes on.
+            if existing and not (overwrite or (resume and self.folder.exists())):
+                raise UserError(f"{existing[0]} exists; --overwrite replaces it, --out takes another folder")
             self._open(resume, overwrite)
         barrier()
 

@@ -54,16 +54,6 @@ class SceneFiles:
         return [path for path in found if path is not None]
 
 
-def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
-    """
-    Raises:
-        UserError: one of the results exists, and is not to be replaced.
-    """
-    existing = [path for path in paths if path.exists()]
-    if existing and not overwrite:
-        raise UserError(f"{existing[0]} exists; --overwrite replaces it, --out takes another folder")
-
-
 def write_products(
     files: SceneFiles,
     profile: dict[str, Any],

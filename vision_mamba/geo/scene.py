@@ -20,7 +20,7 @@ from vision_mamba.errors import UserError
 
 from .models import TTA, Segmentor
 from .parts import Parts, Writer
-from .products import NODATA, SceneFiles, refuse_existing, write_products
+from .products import NODATA, SceneFiles, write_products
 from .reader import Batch, SceneReader, each_window, gdal_options, to_device
 from .windows import Grid, blend_rows, blend_weights, weigh
 
@@ -120,10 +120,7 @@ def segment_raster(
         probabilities=probabilities, classes=list(segmentor.classes),
     )  # fmt: skip
     parts = Parts(files.work, reader, grid, -(-grid.height // STRIP), options)
-    if rank == 0:
-        # Where parts are left, the results that exist are those of the run that goes on.
-        refuse_existing(files.results(), overwrite or (resume and parts.folder.exists()))
-    parts.open(resume=resume, overwrite=overwrite, rank=rank)
+    parts.open(files.results(), resume=resume, overwrite=overwrite, rank=rank)
     strips = _Strips(parts, reader)
 
     views, num_classes = TTA[tta], len(segmentor.classes)
