@@ -3,7 +3,7 @@
 Examples:
     python -m benchmarks.scenes picture.jpg                          # a GPU: about two minutes
     python -m benchmarks.scenes picture.jpg --device cpu --quick     # tiny models and scenes, to see that it works
-    python -m benchmarks.scenes picture.jpg --device cpu --sides 2000 4000 --large 1024 --batch-size 4    # half an hour
+    python -m benchmarks.scenes picture.jpg --device cpu --sides 2000 4000 --large 1024 --batch-size 4    # six minutes
 
 The scenes are the picture repeated: four bands of uint16 (red, green, blue, red again; 16 times the picture's
 values) in a tiled GeoTIFF. The model is a pyramid of ours, a 1x1 convolution on its last level and a bilinear resize,
@@ -248,8 +248,12 @@ def main() -> None:
     parser.add_argument(
         "--batch-size", type=int, help=f"windows a forward pass (default: {FULL[3]}; quick: {QUICK[3]})"
     )
-    parser.add_argument("--sides", type=int, nargs="+", metavar="PIXELS", help="of the scenes (default: 2000 20000)")
-    parser.add_argument("--large", type=int, metavar="PIXELS", help="side of the large window (default: 4096)")
+    parser.add_argument(
+        "--sides", type=int, nargs="+", metavar="PIXELS", help=f"of the scenes (default: {FULL[1]}; quick: {QUICK[1]})"
+    )
+    parser.add_argument(
+        "--large", type=int, metavar="PIXELS", help=f"side of the large window (default: {FULL[4]}; quick: {QUICK[4]})"
+    )
     parser.add_argument("--scratch", type=Path, help="folder for the scenes, 4 GB (default: the system's)")
     parser.add_argument("--out", type=Path, help="default: results/scenes-DEVICE.json beside this file")
     args = parser.parse_args()

@@ -280,13 +280,14 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
             knn = knn_baseline(train_set, val_set)
         print_result(output, epochs, result, best["epoch"], best_result, knn, averaged=ema is not None)
     stop_processes()
+    rows = log.rows if log is not None else []
     return {
         "last": result,
         "best": best_result,
         "best_epoch": best["epoch"],
         "knn": knn,
-        "train_loss": log.rows[-1]["train_loss"] if log is not None and log.rows else None,
-        "images_per_s": median(row["images_per_s"] for row in log.rows) if log is not None and log.rows else None,
+        "train_loss": rows[-1]["train_loss"] if rows else None,
+        "images_per_s": median(row["images_per_s"] for row in rows) if rows else None,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
