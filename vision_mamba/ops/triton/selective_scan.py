@@ -582,18 +582,55 @@ def _scan_backward_kernel(
             tl.debug_barrier()  # the next path reads rows that other threads of the program wrote
 
 
-@triton.jit(do_not_specialize=["blocks", "size"])
-def _add_blocks_kernel(partial_B, partial_C, dB, dC, size, blocks, BLOCK: tl.constexpr):
-    """The sums over the first axis of (blocks, size)."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < size
-    of_B = tl.zeros([BLOCK], tl.float32)
-    of_C = tl.zeros([BLOCK], tl.float32)
-    for b in range(blocks):
-        of_B += tl.load(partial_B + tl.cast(b, tl.int64) * size + at, mask=ok, other=0.0)
-        of_C += tl.load(partial_C + tl.cast(b, tl.int64) * size + at, mask=ok, other=0.0)
-    tl.store(dB + at, of_B.to(dB.dtype.element_ty), mask=ok)
-    tl.store(dC + at, of_C.to(dC.dtype.element_ty), mask=ok)
+@triton.jit
+def _column_sums(partial, rows, columns, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of these columns of (rows, columns), in an order that the shape alone decides."""
+    row = tl.arange(0, ROWS)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for r in range(0, rows, ROWS):
+        at = (r + row).to(tl.int64)[:, None] * columns + column[None, :]
+        sums += tl.load(partial + at, mask=(r + row < rows)[:, None] & (column < columns)[None, :], other=0.0)
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "rows", "channels", "border_n"])
+def _add_partials_kernel(
+    partial_B, partial_C, partial_A, partial_D, partial_bias, dB, dC, dA, dD, dbias,
+    tokens, blocks, rows, channels, border_n, N: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of which several programs have a part: one launch, for such a sum takes hardly longer than its start.
+
+    dB and dC from (blocks, tokens); dA (K, D, N) from (rows, K, N, D), dD and dbias (K, D) from (rows, K, D).
+    """
+    pid = tl.program_id(0)
+    of_tokens = tl.cdiv(tokens, TOKENS)
+    of_A = tl.cdiv(channels * N, COLUMNS)
+    if pid < of_tokens:
+        at = pid.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+        ok = at < tokens
+        sum_B = tl.zeros([TOKENS], tl.float32)
+        sum_C = tl.zeros([TOKENS], tl.float32)
+        for b in range(blocks):
+            sum_B += tl.load(partial_B + tl.cast(b, tl.int64) * tokens + at, mask=ok, other=0.0)
+            sum_C += tl.load(partial_C + tl.cast(b, tl.int64) * tokens + at, mask=ok, other=0.0)
+        tl.store(dB + at, sum_B.to(dB.dtype.element_ty), mask=ok)
+        tl.store(dC + at, sum_C.to(dC.dtype.element_ty), mask=ok)
+    elif pid < of_tokens + of_A:
+        column = (pid - of_tokens) * COLUMNS + tl.arange(0, COLUMNS)
+        sums = _column_sums(partial_A, rows, channels * N, column, ROWS, COLUMNS)
+        k = column // border_n // N
+        n = column // border_n % N
+        at = (k * border_n + column % border_n) * N + n
+        tl.store(dA + at, sums.to(dA.dtype.element_ty), mask=column < channels * N)
+    else:
+        column = (pid - of_tokens - of_A) * COLUMNS + tl.arange(0, COLUMNS)
+        if partial_D is not None:
+            sums = _column_sums(partial_D, rows, channels, column, ROWS, COLUMNS)
+            tl.store(dD + column, sums.to(dD.dtype.element_ty), mask=column < channels)
+        if partial_bias is not None:
+            sums = _column_sums(partial_bias, rows, channels, column, ROWS, COLUMNS)
+            tl.store(dbias + column, sums.to(dbias.dtype.element_ty), mask=column < channels)
 
 
 class _Config(NamedTuple):
@@ -881,6 +918,22 @@ def _kernels(config: _Config) -> _Kernels:
     )
 
 
+def _add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums: dict[str, Tensor | None]) -> None:
+    """Into ``sums``, which has an entry for each gradient."""
+    rows, num_paths, num_states, dim = partial_A.shape
+    given = dict(
+        partial_A=partial_A, partial_B=partial_B, partial_C=partial_C, partial_D=partial_D, partial_bias=partial_bias,
+        tokens=partial_B[0].numel(), blocks=len(partial_B), rows=rows, channels=num_paths * dim, border_n=dim,
+        N=num_states, TOKENS=512, ROWS=16, COLUMNS=64, **sums,
+    )  # fmt: skip
+    columns = [num_paths * dim * num_states]
+    if partial_D is not None or partial_bias is not None:
+        columns.append(num_paths * dim)
+    programs = sum(triton.cdiv(count, given["COLUMNS"]) for count in columns)
+    programs += triton.cdiv(given["tokens"], given["TOKENS"])
+    _launch(_add_partials_kernel, (programs,), given, 4)
+
+
 def selective_scan_backward(
     dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge
 ) -> tuple[Tensor | None, ...]:
@@ -907,30 +960,36 @@ def selective_scan_backward(
             return u.new_empty(batch, length, 1, dim), True
         return _by_path(u, batch, length, num_paths, dim, merge=True), False
 
-    def parameter_grad(*shape: int) -> Tensor:
-        return u.new_empty(batch, plan.num_spans, *shape, dtype=torch.float32)
+    def partial(*shape: int) -> Tensor:
+        return u.new_empty(shape, dtype=torch.float32)
+
+    def total(tensor: Tensor | None, *shape: int) -> Tensor | None:
+        return None if tensor is None else tensor.new_empty(shape)
 
     du, add_du = token_grad(u, u_shared)
     dz, add_dz = (None, False) if z is None else token_grad(z, z_shared)
     ddelta = torch.empty_like(delta, memory_format=torch.contiguous_format)
     # One sum a program, added up afterwards in a fixed order: equal bits every time, which atomics would not give.
-    dA = parameter_grad(num_paths, num_states, dim)
-    dD = None if D is None else parameter_grad(num_paths, dim)
-    dbias = None if delta_bias is None else parameter_grad(num_paths, dim)
+    rows = batch * plan.num_spans
+    partial_A = partial(rows, num_paths, num_states, dim)
+    partial_D = None if D is None else partial(rows, num_paths, dim)
+    partial_bias = None if delta_bias is None else partial(rows, num_paths, dim)
     # The same for the blocks of channels.
-    shape = x.blocks(config) // groups, batch, length, num_paths, groups, num_states
-    partial_B = u.new_empty(shape, dtype=torch.float32)
+    partial_B = partial(x.blocks(config) // groups, batch, length, num_paths, groups, num_states)
     partial_C = torch.empty_like(partial_B)
-    dB = torch.empty_like(B, memory_format=torch.contiguous_format)
-    dC = torch.empty_like(C, memory_format=torch.contiguous_format)
+    sums = dict(
+        dA=total(A, num_paths, dim, num_states), dB=total(B, *B.shape), dC=total(C, *C.shape),
+        dD=total(D, num_paths, dim), dbias=total(delta_bias, num_paths, dim),
+    )  # fmt: skip
     dinitial = None
     if initial_state is not None:
         dinitial = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
     given = dict(
         **x.tensors, **x.sizes, **x.strides, **_names("dy", dy, "blk"), **_names("du", du, "blk"),
         **_names("dz", dz, "blk"), **_names("h", dlast, "bskn"), batch=batch, states=states, dy=dy, dlast=dlast,
-        du=du, ddelta=ddelta, dA=dA, dB=partial_B, dC=partial_C, dD=dD, dz=dz, dbias=dbias, dinitial=dinitial,
-        span=plan.span, num_spans=plan.num_spans, N=num_states, NP=config.states, T=config.steps, BLOCK=config.block,
+        du=du, ddelta=ddelta, dA=partial_A, dB=partial_B, dC=partial_C, dD=partial_D, dz=dz, dbias=partial_bias,
+        dinitial=dinitial, span=plan.span, num_spans=plan.num_spans, N=num_states, NP=config.states, T=config.steps,
+        BLOCK=config.block,
         TILES=config.tiles, WARPS=config.warps, ALIGN=alignment(x.align, *dy.stride()[:-1]),
         OFFSET=x.offset if _offset(length, dy.stride(1)) is tl.int32 else tl.int64, SOFTPLUS=delta_softplus,
         LOOP_PATHS=plan.loop_paths, ADD_DU=add_du, ADD_DZ=add_dz,
@@ -941,9 +1000,9 @@ def selective_scan_backward(
                 dlast = _link(plan, _kernels(config).span_backward, given, dlast, x, config, reverse=True)
                 given |= dict(dlast=dlast, **_names("h", dlast, "bskn"))
             _launch(_kernels(config).backward, (plan.programs,), given, config.warps, config.registers)
-            sizes = dict(size=partial_B[0].numel(), blocks=len(partial_B), BLOCK=512)
-            grads = dict(partial_B=partial_B, partial_C=partial_C, dB=dB, dC=dC)
-            _launch(_add_blocks_kernel, (triton.cdiv(sizes["size"], sizes["BLOCK"]),), grads | sizes, 4)
+    if num_paths * dim > 0:
+        with on_device(u):
+            _add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums)
 
     def summed(grad: Tensor, like: Tensor) -> Tensor:
         return (_merged(grad).unsqueeze(2) if grad.shape[2] > like.shape[2] else grad).to(like.dtype)
@@ -951,11 +1010,11 @@ def selective_scan_backward(
     return (
         summed(du, u),
         ddelta,
-        dA.sum((0, 1)).transpose(1, 2).to(A.dtype),
-        dB,
-        dC,
-        dD.sum((0, 1)).to(D.dtype) if dD is not None else None,
+        sums["dA"],
+        sums["dB"],
+        sums["dC"],
+        sums["dD"],
         summed(dz, z) if dz is not None else None,
-        dbias.sum((0, 1)).to(delta_bias.dtype) if dbias is not None else None,
+        sums["dbias"],
         dinitial.to(initial_state.dtype) if dinitial is not None else None,
     )
