@@ -42,7 +42,7 @@ class Family:
 
     ours: str
     peers: tuple[str, ...]
-    official: Callable[[Path, int], nn.Module]
+    official: Callable[[Path, int], nn.Module] | None
     rows: tuple[tuple[int, int], ...]
 
 
@@ -66,6 +66,10 @@ FAMILIES = {
         # The official code keeps all states of a layer: of 64 images they do not fit into 80 GB.
         ((224, 64), (224, 16), (224, 8)),
     ),
+    "vim_small": Family("vim_small_patch16_224", ("deit_small_patch16_224",), None, ((224, 128),)),
+    "vmamba_small": Family("vmamba_small_s2l15", ("swin_small_patch4_window7_224",), None, ((224, 128),)),
+    "vmamba_base": Family("vmamba_base_s2l15", ("swin_base_patch4_window7_224",), None, ((224, 128),)),
+    "samba": Family("samba", ("swin_tiny_patch4_window7_224",), None, ((512, 16),)),
 }
 CPU_ROWS = ((224, 1), (224, 8))
 
@@ -88,11 +92,15 @@ def main() -> None:
     parser.add_argument(
         "--modes", nargs="+", choices=("eager", "compiled", "graph"), help="default: all; eager on a CPU"
     )
-    parser.add_argument("--official", type=Path, help="checkout of the official repository")
+    parser.add_argument(
+        "--official", type=Path, help="checkout of the official repository (for vim, vmamba and rsmamba)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--out", type=Path, help="default: results/FAMILY-DEVICE.json beside this file")
     args = parser.parse_args()
+    if args.official and FAMILIES[args.family].official is None:
+        parser.error(f"no official code can be run beside {args.family}")
     if args.threads:
         torch.set_num_threads(args.threads)
     device, family = torch.device(args.device), FAMILIES[args.family]
@@ -109,6 +117,7 @@ def main() -> None:
         }
         error = None
         if args.official:
+            assert family.official is not None
             models["official"] = official = family.official(args.official, size).to(device).eval()
             vision_mamba.load_checkpoint(models[family.ours], official.state_dict())
             with torch.no_grad():
