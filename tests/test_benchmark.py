@@ -3,6 +3,9 @@
 import csv
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,6 +119,7 @@ def test_turns():
         (["test_vim", "--peer", "test_vitt"], "did you mean 'test_vit'"),
         (["test_vim", "--img-size", 32, 64, "--batch-size", 1, 2, 3], "3 values for 2 sizes"),
         (["test_vim", "--img-size", 0], "at least 1"),
+        (["test_vim", "--graph"], "CUDA graphs need a GPU"),
     ],
 )
 def test_mistakes_are_one_line_and_measure_nothing(tmp_path, capsys, arguments, words):
@@ -127,3 +131,21 @@ def test_mistakes_are_one_line_and_measure_nothing(tmp_path, capsys, arguments, 
 def test_unknown_model_is_known_at_once():
     with pytest.raises(UserError, match="no_such_model"):
         benchmark(["no_such_model"], [(32, 1)], device="cpu")  # before the first row is asked for
+
+
+def test_two_processes_beside_one(tmp_path):
+    out = tmp_path / "ddp.json"
+    arguments = "--device cpu --models test_vim --size 64 --batch-size 2 --runs 2 --steps 1 --out".split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "benchmarks.ddp", *arguments, str(out)],
+        cwd=TOOL.parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["processes"] == 2 and row["one_images_per_s"] > 0 and row["all_images_per_s"] > 0
+    assert f"{row['all_images_per_s'] / row['one_images_per_s']:.2f}x" in done.stdout

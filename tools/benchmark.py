@@ -3,8 +3,8 @@
     python tools/benchmark.py vim_tiny_patch16_224 --peer deit_tiny_patch16_224 --img-size 224 512 1024 --batch-size 8
     python tools/benchmark.py vmamba_tiny_s1l8 vim_small_patch16_224 --peer convnext_tiny --train --compile
 
-Random images, random weights. On a GPU under bfloat16 autocast, on a CPU in float32. The models take turns; the median
-of each is shown. Memory (GPU only) is the peak of a pass beyond weights, gradients and input. A model that runs out of
+Random images, random weights. On a GPU under bfloat16 autocast, on a CPU in float32. Models with a peer take turns with
+it; the median of each is shown. Memory (GPU only) is the peak of a pass beyond weights, gradients and input. A model that runs out of
 memory says so in its row, and the rest goes on.
 """
 
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--train", action="store_true", help="training steps (forward and backward) too")
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
+    parser.add_argument("--graph", action="store_true", help="as a CUDA graph too: the GPU's time without Python's")
     parser.add_argument("--runs", type=int, default=9, help="of each model in each row (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -52,7 +53,14 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     settings = list(zip(args.img_size, batches, strict=True))
     found = benchmark(
-        args.models, settings, device=device, peer=args.peer, training=args.train, compiled=args.compile, runs=args.runs
+        args.models,
+        settings,
+        device=device,
+        peer=args.peer,
+        training=args.train,
+        compiled=args.compile,
+        graph=args.graph,
+        runs=args.runs,
     )
 
     print(device_name(device))

@@ -190,6 +190,7 @@ def agreement(family: str, origin: str) -> Agreement:
 def measurements() -> dict[str, dict[str, Any]]:
     """The last results of each family and device: those of other names than FAMILY-DEVICE.json are older records.
 
+    `benchmarks.models` writes them; `zoo-DEVICE.json` is tools/benchmark.py's benchmark.json, several of them in one.
     Other programs' results (of scenes, for example) have no rows of models.
     """
     files = {}

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +181,12 @@ def benchmark(
     peer: str | None = None,
     training: bool = False,
     compiled: bool = False,
+    graph: bool = False,
     runs: int = 9,
 ) -> Iterator[dict[str, Any]]:
-    """Measures models beside a peer; gives a row of :data:`COLUMNS` as soon as it is known.
+    """Measures models, a peer beside them where one is named; gives a row of :data:`COLUMNS` as soon as it is known.
+
+    Without a peer each model is measured alone, so that the device's memory holds one.
 
     ``mib`` is the peak of a pass beyond weights (and gradients, after one step) and input, None on a CPU.
     ``speed_ratio`` is images/s over the peer's, ``memory_ratio`` MiB over the peer's. A model that fails in a row has
@@ -195,23 +199,30 @@ def benchmark(
         peer: a timm model, measured in the same turns.
         training: training steps too.
         compiled: ``torch.compile`` too.
+        graph: the eager kernels replayed as one CUDA graph too: the device's time without Python's. On a GPU.
         runs: of each model in each row; medians are given.
 
     Raises:
-        UserError: an unknown model, before anything is measured.
+        UserError: an unknown model, or ``graph`` without a GPU, before anything is measured.
     """
     every = list(dict.fromkeys([*names, *([peer] if peer else [])]))
     for name in every:
         if not timm.is_model(name):
             hint = nearest(name, timm.list_models()) or "; timm.list_models() lists all"
             raise UserError(f"unknown model {name!r}{hint}")
-    return _rows(every, settings, torch.device(device), peer, training, compiled, runs)
+    device = torch.device(device)
+    if graph and device.type != "cuda":
+        raise UserError("CUDA graphs need a GPU; leave out --graph")
+    modes = ("eager", *(["compiled"] if compiled else []), *(["graph"] if graph else []))
+    # Those that are compared take turns, and are all in memory.
+    turns = [every] if peer else [[name] for name in every]
+    return _rows(turns, settings, device, peer, (False, True) if training else (False,), modes, runs)
 
 
-def _rows(names, settings, device, peer, training, compiled, runs) -> Iterator[dict[str, Any]]:
+def _rows(turns, settings, device, peer, trainings, modes, runs) -> Iterator[dict[str, Any]]:
     for size, batch in settings:
-        for train in (False, True) if training else (False,):
-            for mode in ("eager", "compiled") if compiled else ("eager",):
+        for train, mode in product(trainings, modes):
+            for names in turns:
                 makers = {name: partial(_make, name, size, batch, device, training=train, mode=mode) for name in names}
                 found = measure(makers, runs)
                 for name in names:
