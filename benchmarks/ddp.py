@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import vision_mamba  # noqa: F401  # registers the models
 from benchmarks.models import commit
 from vision_mamba.engine.benchmark import device_name
+from vision_mamba.engine.build import create_any_size
 from vision_mamba.engine.distributed import barrier, start_processes, stop_processes
 from vision_mamba.errors import UserError, run_main
 from vision_mamba.files import replacing
@@ -71,7 +72,7 @@ def seconds(step: Callable[[], None], x: torch.Tensor, runs: int, steps: int) ->
 def measure(name: str, size: int, batch: int, device: torch.device, runs: int, steps: int) -> dict:
     rank, processes = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)
-    model = timm.create_model(name, img_size=size, num_classes=1000).to(device)
+    model = create_any_size(name, {"img_size": size}).to(device)
     x = torch.randn(batch, 3, size, size, device=device)
     alone = seconds(trainer(model, x), x, runs, steps) if rank == 0 else 0.0
     barrier()

@@ -190,14 +190,13 @@ def agreement(family: str, origin: str) -> Agreement:
 def measurements() -> dict[str, dict[str, Any]]:
     """The last results of each family and device: those of other names than FAMILY-DEVICE.json are older records.
 
-    `benchmarks.models` writes them; `zoo-DEVICE.json` is tools/benchmark.py's benchmark.json, several of them in one.
-    Other programs' results (of scenes, for example) have no rows of models.
+    Other programs' results (of scenes, of several GPUs) have no rows of inference and training.
     """
     files = {}
     for path in sorted(RESULTS.glob("*.json")):
         if re.fullmatch(r"[a-z0-9]+-[a-z0-9]+", path.stem):
             results = json.loads(path.read_text())
-            if "rows" in results:
+            if any("what" in row for row in results.get("rows", ())):
                 files[path.stem] = results
     return files
 

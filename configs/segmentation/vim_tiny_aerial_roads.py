@@ -12,4 +12,5 @@ model = dict(
     auxiliary_head=dict(num_classes=2),
     test_cfg=dict(_delete_=True, mode="whole"),
 )
-optim_wrapper = dict(optimizer=dict(lr=3e-4))
+# No layer decay, and the weight decay of its peers: nothing was learned before.
+optim_wrapper = dict(optimizer=dict(lr=3e-4, weight_decay=0.01), paramwise_cfg=dict(layer_decay=1.0))
