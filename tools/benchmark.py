@@ -4,8 +4,8 @@
     python tools/benchmark.py vmamba_tiny_s1l8 vim_small_patch16_224 --peer convnext_tiny --train --compile
 
 Random images, random weights. On a GPU under bfloat16 autocast, on a CPU in float32. Models with a peer take turns with
-it; the median of each is shown. Memory (GPU only) is the peak of a pass beyond weights, gradients and input. A model that runs out of
-memory says so in its row, and the rest goes on.
+it; the median of each is shown. Memory (GPU only) is the peak of a pass beyond weights, gradients and input. A model
+that runs out of memory says so in its row, and the rest goes on.
 """
 
 from __future__ import annotations
