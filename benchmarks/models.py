@@ -10,8 +10,7 @@ On a GPU the autocast type is bfloat16, on a CPU everything is float32. The mode
 each is kept. With ``--official`` the official code runs too, eagerly (on a CPU: its pure-PyTorch scan, the only one
 it has there; of training only one step at batch 1, as that takes minutes), and a time is printed only if our logits
 agree with its logits; where it cannot run, out of memory for example, its row says so. ``graph`` replays the eager
-kernels as one CUDA graph: what the device takes, without Python (RSMamba in training draws paths on the CPU, which a
-graph cannot). Memory (of eager and compiled runs) is the peak beyond weights (and gradients, after one step) and input.
+kernels as one CUDA graph: what the device takes, without Python. Memory (of eager and compiled runs) is the peak beyond weights (and gradients, after one step) and input.
 """
 
 from __future__ import annotations

@@ -91,6 +91,7 @@ def test_changed_keys_skips_what_may_change():
         ("", "data.batch_size=1.5", "data.batch_size must be an integer"),
         ("", "train.compile=1", "train.compile must be true or false"),
         ("", "train.amp=bf61", "did you mean 'bf16'"),
+        ("train: {compile: true, cuda_graphs: true}", "data.source=x", "train.cuda_graphs and train.compile"),
         ("", "model.freeze=head", "model.freeze must be a list of texts"),
         ("", "seven", "not of the form section.key=value"),
         ("model: 3", "data.source=x", "config section 'model' must hold keys"),

@@ -187,6 +187,11 @@ def test_random_paths_by_seed_and_generator():
     before = torch.get_rng_state()
     random_paths(1, 5, seed=0)
     assert torch.equal(before, torch.get_rng_state())
+    b = random_paths(3, 50)
+    check_paths(b)
+    assert b.dtype == torch.int32 and not torch.equal(b, random_paths(3, 50))
+    torch.set_rng_state(before)
+    assert torch.equal(b, random_paths(3, 50))
 
 
 def test_cached_and_usable_after_inference_mode():

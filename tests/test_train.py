@@ -228,6 +228,7 @@ def test_resume_refuses_another_run(settings, tmp_path):
         ("data.source=nowhere", "nowhere"),
         ("data.batch_size=64", "batch_size"),
         ("train.amp=fp16", "fp16 needs a GPU"),
+        ("train.cuda_graphs=true", "cuda_graphs needs one process on a GPU"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(settings, tmp_path, override, message):
@@ -346,3 +347,21 @@ def test_two_processes_train_and_count_as_one(settings, tmp_path, images):
     assert result["images"] == len(val_set) == 21  # odd: shares of 11 and 10
     assert result["top1"] == pytest.approx(float(rows[-1]["ema_top1"]))
     assert result["loss"] == pytest.approx(float(rows[-1]["ema_loss"]), rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["test_rsmamba", "test_vmamba", "test_resnet"])
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_cuda_graphs_train_as_without(settings, tmp_path, model, amp):
+    """Random paths, drop path, and the running statistics of batch norm (test_resnet) among it."""
+    options = [f"model={{name: {model}, img_size: 32, drop_path_rate: 0.1}}", "train.device=cuda", f"train.amp={amp}"]
+    if model == "test_resnet":
+        options[0] = "model={name: test_resnet, img_size: 32}"
+    plain = run(settings, tmp_path / "plain", *options)
+    replayed = run(settings, tmp_path / "replayed", *options, "train.cuda_graphs=true")
+    tolerance = 1e-4 if amp == "none" else 1e-2
+    assert replayed["train_loss"] == pytest.approx(plain["train_loss"], rel=tolerance)
+    ours, theirs = (read(tmp_path / name / "last.pth")["state_dict"] for name in ("replayed", "plain"))
+    for name, value in theirs.items():
+        error = (ours[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-3)
+        assert error < 10 * tolerance, f"{name}: {error:.1e}"

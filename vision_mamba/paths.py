@@ -251,14 +251,17 @@ def random_paths(
     """Table of random permutations, (num_paths, length) int32.
 
     Args:
-        seed: fixes the table (the same for every call with this seed, size and count).
-        generator: draws from this CPU generator instead; with neither, from torch's default one.
+        seed: fixes the table (the same for every call with this seed, size and count, on every device).
+        generator: draws from this CPU generator instead; with neither, from torch's default one of ``device``: nothing
+            is copied, and a CUDA graph draws anew at every replay.
 
     Raises:
         ValueError: both ``seed`` and ``generator`` given.
     """
     if seed is not None and generator is not None:
         raise ValueError("give seed or generator, not both")
+    if seed is None and generator is None:
+        return torch.rand(num_paths, length, device=device).argsort(dim=1).to(torch.int32)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
     rows = [torch.randperm(length, generator=generator) for _ in range(num_paths)]

@@ -174,6 +174,9 @@ class TrainConfig:
         "reduce-overhead replays CUDA graphs: small models and batches wait for Python otherwise",
         choices=("default", "reduce-overhead", "max-autotune"),
     )
+    cuda_graphs: bool = _key(
+        False, "replay forward and backward as CUDA graphs (one GPU): no compiler, and no waiting for Python"
+    )
     accumulate: int = _key(1, "forward passes per optimiser step", low=1)
     loss: str = _key("ce", "cross entropy, or binary cross entropy per class", choices=("ce", "bce"))
     label_smoothing: float = _key(0.1, "label smoothing, also of mixed targets", low=0, high=0.999)
@@ -351,6 +354,13 @@ def check_combinations(config: Config) -> None:
             raise UserError(f"data.{name} has {len(values)} values for model.in_chans={config.model.in_chans}")
     if data.std is not None and min(data.std) <= 0:
         raise UserError(f"data.std must be positive, not {data.std}")
+    if config.train.cuda_graphs:
+        for name, taken in (
+            ("train.compile", config.train.compile),
+            ("model.grad_checkpointing", config.model.grad_checkpointing),
+        ):
+            if taken:
+                raise UserError(f"train.cuda_graphs and {name} do not go together: unset one")
     if config.model.pretrained and config.model.checkpoint:
         raise UserError("model.pretrained and model.checkpoint are both set: choose one")
 

@@ -65,6 +65,8 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
     main = rank == 0
     if device.type == "cpu" and config.train.amp == "fp16":
         raise UserError("train.amp=fp16 needs a GPU; use bf16 on the CPU")
+    if config.train.cuda_graphs and (device.type == "cpu" or world_size > 1):
+        raise UserError("train.cuda_graphs needs one process on a GPU; unset it")
     saved = find_state(output, resume)
     seed_all(config.train.seed)
 
@@ -145,6 +147,11 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
     if world_size > 1:
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     forward = torch.compile(net, mode=config.train.compile_mode) if config.train.compile else net
+    if config.train.cuda_graphs:
+        images = torch.zeros(config.data.batch_size, *data_config["input_size"], device=device)
+        capture(
+            model, images.to(memory_format=torch.channels_last) if config.train.channels_last else images, amp_dtype
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
 
     def state(epoch: int, step_in_epoch: int, images_seen: torch.Tensor) -> dict[str, Any]:
@@ -298,6 +305,24 @@ def seed_all(*key: int) -> None:
     random.seed(low)
     np.random.seed(low)
     torch.manual_seed(high << 32 | low)
+
+
+def capture(model: nn.Module, images: torch.Tensor, amp_dtype: torch.dtype | None) -> None:
+    """From now on the model's training passes replay two CUDA graphs: forward, and backward.
+
+    Args:
+        images: of the shape, type and memory format that all training batches have.
+        amp_dtype: autocast type of the passes; None is none.
+    """
+    build.set_train_mode(model)
+    # The passes that come before the capture, over images that are not of the data, must leave no trace.
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # A cast that autocast remembers would not be repeated by the graph.
+    with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None, cache_enabled=False):
+        torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
+    with torch.no_grad():
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def find_state(output: Path, resume: str | Path | None) -> dict[str, Any] | None:
