@@ -41,7 +41,8 @@ class Bench:
         model: on the device of ``x``.
         x: images, (batch, C, H, W).
         training: a step without the optimiser: forward, backward.
-        mode: ``"eager"``, ``"compiled"`` (torch.compile), or ``"graph"``: the eager kernels replayed as one CUDA graph.
+        mode: ``"eager"``, ``"compiled"`` (torch.compile), ``"graph"``: the eager kernels replayed as one CUDA graph, or
+            ``"checkpointed"``: eager with gradient checkpointing.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, *, training: bool, mode: str) -> None:
@@ -66,6 +67,8 @@ class Bench:
         if self.graph is not None:
             self.graph.replay()
             return
+        if hasattr(self.model, "set_grad_checkpointing"):  # the same model may be measured with and without
+            self.model.set_grad_checkpointing(self.mode == "checkpointed")
         autocast = (
             torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=self.mode != "graph")
             if self.cuda
