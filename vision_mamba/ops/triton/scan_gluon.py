@@ -325,9 +325,9 @@ def _put_chains(shared, x):
 @_jit
 def scan_segments_kernel(
     u, delta, A, B, C, D, z, bias, paths, initial, y, last_state, states,
-    length, num_paths, groups, per_group, span, num_spans, saves,
+    length, num_paths, groups, per_group, saves,
     u_b, u_l, u_k, delta_b, delta_l, delta_k, z_b, z_l, z_k, y_b, y_l, y_k,
-    B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, A_k, A_d, A_n, D_k, bias_k, paths_k, h_b, h_s, h_k, h_n, border_n,
+    B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, A_k, A_d, A_n, D_k, bias_k, paths_k, h_b, h_k, h_n, border_n,
     N: gl.constexpr, NP: gl.constexpr, T: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
     ALIGN: gl.constexpr, STATE_ALIGN: gl.constexpr, OFFSET: gl.constexpr, SOFTPLUS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -358,7 +358,7 @@ def scan_segments_kernel(
     started = gl.allocate_shared_memory(gl.float32, [WARPS, CHAINS], FLAT2)
 
     blocks = (per_group + BLOCK - 1) // BLOCK
-    image, span_index, k, group, block = _locate(num_paths, groups, blocks, num_spans, False)
+    image, _, k, group, block = _locate(num_paths, groups, blocks, 1, False)
     dim = groups * per_group
     first_c = group * per_group + block * BLOCK
     inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, E2))
@@ -370,8 +370,6 @@ def scan_segments_kernel(
     step_s = gl.arange(0, STEPS, gl.SliceLayout(1, S2))
 
     num_chunks = (length + CHUNK - 1) // CHUNK
-    start = span_index * span
-    end = gl.minimum(start + span, length)
     u_l = (u_l // ALIGN).to(OFFSET) * ALIGN
     delta_l = (delta_l // ALIGN).to(OFFSET) * ALIGN
     z_l = (z_l // ALIGN).to(OFFSET) * ALIGN
@@ -388,6 +386,12 @@ def scan_segments_kernel(
         z_rows = z + gl.multiple_of(image * z_b + k_wide * z_k, ALIGN)
     path = paths + k_wide * paths_k
 
+    N1: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, D5))))
+    first = (gl.arange(0, NH, N1) == 0)[None, None, :, None, None]
+    T5: gl.constexpr = gl.SliceLayout(3, _tiles_layout(T, QC, NH, WARPS))  # [WARPS, T, QC, NX, LC]
+    T1: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, T5))))
+    index = gl.arange(0, T, T1)[None, :, None, None, None]
+
     state, channel = _lanes(QC, NH, D5)
     a_at = k_wide * A_k + (first_c + channel).to(gl.int64) * A_d + state.to(gl.int64) * A_n
     a_ok = (state < N) & (block * BLOCK + channel < per_group)
@@ -399,12 +403,6 @@ def scan_segments_kernel(
     if bias is not None:
         shift = gl.load(bias + k_wide * bias_k + c, mask=c_ok, other=0.0).to(gl.float32)
 
-    first = gl.arange(0, NH, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, D5)))))
-    first = (first == 0)[None, None, :, None, None]
-    D6: gl.constexpr = _tiles_layout(T, QC, NH, WARPS)
-    T1: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(3, D6)))))
-    index = gl.arange(0, T, T1)[None, :, None, None, None]
-
     # The carried state, in the order of ``_put_chains``: a number in one lane of the program.
     chain = gl.arange(0, CHAINS, gl.SliceLayout(0, A2))[None, :]
     h_state = chain // (BLOCK * NH) * NH + chain % NH
@@ -414,22 +412,22 @@ def scan_segments_kernel(
     state_at = h_state.to(gl.int64) * border_n + (first_c + h_channel)
     h = gl.zeros([1, CHAINS], gl.float32, A2)
     if initial is not None:
-        h_at = image * h_b + span_index.to(gl.int64) * h_s + k_wide * h_k
+        h_at = image * h_b + k_wide * h_k
         h = gl.load(initial + h_at + h_state.to(gl.int64) * h_n + (first_c + h_channel), mask=h_ok, other=0.0)
         h = h.to(gl.float32)
 
     # One tile ahead in the rows, two in the path: no load waits for another one.
-    token_e = _visited(path, start + step_e, end, length)
-    token_s = _visited(path, start + step_s, end, length)
+    token_e = _visited(path, step_e, length, length)
+    token_s = _visited(path, step_s, length, length)
     delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
     u_next = _load_rows(u_rows, token_e, u_l, c, c_ok)
     b_next = _load_rows(B_rows, token_s, B_l, n, n_ok)
     c_next = _load_rows(C_rows, token_s, C_l, n, n_ok)
     if z is not None:
         z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
-    token_e_next = _visited(path, start + STEPS + step_e, end, length)
-    token_s_next = _visited(path, start + STEPS + step_s, end, length)
-    for t0 in range(start, end, STEPS):
+    token_e_next = _visited(path, STEPS + step_e, length, length)
+    token_s_next = _visited(path, STEPS + step_s, length, length)
+    for t0 in range(0, length, STEPS):
         token = token_e
         dt = delta_next.to(gl.float32) + shift[None, :]
         u_tile = u_next
@@ -437,7 +435,7 @@ def scan_segments_kernel(
             z_tile = z_next
         if SOFTPLUS:
             dt = _softplus(dt)
-        dt = gl.where((t0 + step_e < end)[:, None], dt, 0.0)
+        dt = gl.where((t0 + step_e < length)[:, None], dt, 0.0)
         _put(dt_rows, dt)
         _put(dtu_rows, dt * u_tile.to(gl.float32))
         _put(b_rows, b_next.to(gl.float32))
@@ -450,8 +448,8 @@ def scan_segments_kernel(
         c_next = _load_rows(C_rows, token_s, C_l, n, n_ok)
         if z is not None:
             z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
-        token_e_next = _visited(path, t0 + 2 * STEPS + step_e, end, length)
-        token_s_next = _visited(path, t0 + 2 * STEPS + step_s, end, length)
+        token_e_next = _visited(path, t0 + 2 * STEPS + step_e, length, length)
+        token_s_next = _visited(path, t0 + 2 * STEPS + step_s, length, length)
 
         change = gl.zeros([WARPS, QC, NH, NX, LC], gl.float32, D5)
         time = gl.zeros([WARPS, QC, 1, 1, LC], gl.float32, D5)
@@ -479,15 +477,15 @@ def scan_segments_kernel(
         if saves != 0:
             t = t0 + segment * T
             border = ((image * num_chunks + t // CHUNK) * num_paths + k) * N * border_n + state_at
-            gl.store(states + border, before, mask=h_ok & (t < end) & (segment * T % CHUNK == 0))
+            gl.store(states + border, before, mask=h_ok & (t < length) & (segment * T % CHUNK == 0))
 
         late = started.reshape((WARPS, NX, LC, QC, NH)).permute((0, 3, 4, 1, 2)).load(D5)
-        out = gl.zeros([WARPS, T, QC, NX, LC], gl.float32, gl.SliceLayout(3, D6))
+        out = gl.zeros([WARPS, T, QC, NX, LC], gl.float32, T5)
         for r in gl.static_range(T):
             late = late * decays[r]
             x = late * _states_of_segments(c_rows, r, D5)
             out_r = gl.sum(gl.where(first, x + outs[r], x), axis=2)  # on top of what the first walk found
-            out_r = gl.convert_layout(out_r, gl.SliceLayout(1, gl.SliceLayout(3, D6)), assert_trivial=True)
+            out_r = gl.convert_layout(out_r, gl.SliceLayout(1, T5), assert_trivial=True)
             out = gl.where(index == r, out_r[:, None, :, :, :], out)
         part.store(gl.reshape(gl.permute(out, (0, 3, 1, 4, 2)), (WARPS, NX, T, BLOCK)))
         out = gl.sum(part.permute((1, 0, 2, 3)).load(_stacked_rows(T, BLOCK, WARPS)), axis=0)
@@ -498,9 +496,8 @@ def scan_segments_kernel(
             out = out * zf * _sigmoid(zf)
         _store_rows(y_rows, token, y_l, c, c_ok, out)
 
-    if span_index == num_spans - 1:
-        last = (image * num_paths + k) * N * dim + (first_c + h_channel).to(gl.int64) * N + h_state
-        gl.store(last_state + last, h, mask=h_ok)
+    last = (image * num_paths + k) * N * dim + (first_c + h_channel).to(gl.int64) * N + h_state
+    gl.store(last_state + last, h, mask=h_ok)
 
 
 @_jit

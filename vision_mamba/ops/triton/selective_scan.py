@@ -649,10 +649,11 @@ def _gluon_forward_config(num_states: int, device: torch.device, programs: int, 
     """
     config = _Config(triton.next_power_of_2(num_states), 8, 1, resident=12, gluon=True)
     wanted = _wanted_programs(device, config)
-    if programs <= wanted // 4:
-        segments = min((_segments_config(num_states, block) for block in (16, 8)), key=lambda c: _waves(c, device, programs))
-        if length >= _SPAN_STEPS * 2 and _waves(segments, device, programs) <= _MOST_WAVES:
-            return segments
+    if 0 < programs <= wanted // 4:
+        shared = [_segments_config(num_states, block) for block in (16, 8)]
+        shared = min(shared, key=lambda config: _waves(config, device, programs))
+        if length >= 2 * _SPAN_STEPS and _waves(shared, device, programs) <= _MOST_WAVES:
+            return shared
     most_spans = max(min(length // _SPAN_STEPS, math.isqrt(length)), 1)
     if wanted // 6 <= programs < wanted // 2 or programs * most_spans < wanted:
         config = config._replace(block=16, resident=16)
@@ -660,10 +661,9 @@ def _gluon_forward_config(num_states: int, device: torch.device, programs: int, 
 
 
 def _segments_config(num_states: int, block: int) -> _Config:
-    """Four warps a program, and 64 decays a lane."""
+    """Four warps a program, each at so many steps that a lane holds 64 decays of 16 states."""
     states = triton.next_power_of_2(num_states)
-    steps = min(2048 // (states * block), 16)
-    return _Config(states, steps, 4, registers=_REGISTERS, resident=12, gluon=True, block=block)
+    return _Config(states, 128 // block, 4, registers=_REGISTERS, resident=12, gluon=True, block=block)
 
 
 def _waves(config: _Config, device: torch.device, programs: int) -> float:
@@ -848,7 +848,6 @@ def selective_scan_forward(
     programs = batch * num_paths * x.blocks(config)
     if _uses_gluon(num_states, u.device):
         config = _gluon_forward_config(num_states, u.device, programs, length)
-        sum_over_paths = sum_over_paths and config.warps == 1  # programs are few enough already
     else:
         shared = _forward_config(num_states, fills=False)
         if _wanted_programs(u.device, shared) <= programs < _wanted_programs(u.device, config) // 2:
@@ -857,6 +856,8 @@ def selective_scan_forward(
     plan = _plan(
         batch, length, num_paths, x.blocks(config), num_states, u.device, config, sum_over_paths, least_spans=3
     )  # fmt: skip
+    if config.gluon and config.warps > 1:  # these share out the path themselves
+        plan = _Plan(False, length, 1, batch * num_paths * x.blocks(config))
     initial = _state_rows(initial_state)
     last_state = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
     states = new_states(delta, num_states, save_states)
