@@ -291,9 +291,9 @@ def _segment_rows(T, columns, WARPS):
 
 
 @gluon.constexpr_function
-def _stacked_rows(T, columns, WARPS):
-    """[NX, WARPS, T, columns] of such rows, a lane holding all NX of a number."""
-    return gl.BlockedLayout([4, 1, 1, T * columns // 32], [1, 1, T, 32 // T], [1, WARPS, 1, 1], [3, 2, 1, 0])
+def _side_by_side(T, columns, WARPS):
+    """[WARPS, T, NX x columns], a lane holding the same columns of all NX, and of its row."""
+    return gl.BlockedLayout([1, 1, T * columns // 32], [1, T, 32 // T], [WARPS, 1, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
@@ -318,8 +318,8 @@ def _states_of_segments(shared, step: gl.constexpr, D5: gl.constexpr):
 
 @gluon.jit
 def _put_chains(shared, x):
-    """[WARPS, QC, NH, NX, LC] into shared memory [WARPS, states x channels], a lane's states side by side."""
-    shared.store(gl.reshape(gl.permute(x, (0, 3, 4, 1, 2)), shared.shape))
+    """[WARPS, QC, NH, NX, LC] into shared memory [WARPS, NX x QC x LC x NH]: the words of the lanes side by side."""
+    shared.store(gl.reshape(gl.permute(x, (0, 3, 1, 4, 2)), shared.shape))
 
 
 @_jit
@@ -352,7 +352,9 @@ def scan_segments_kernel(
     dtu_rows = gl.allocate_shared_memory(gl.float32, [WARPS, T, LC, QC], FLAT)
     b_rows = gl.allocate_shared_memory(gl.float32, [WARPS, T, NX, NH], FLAT)
     c_rows = gl.allocate_shared_memory(gl.float32, [WARPS, T, NX, NH], FLAT)
-    part = gl.allocate_shared_memory(gl.float32, [WARPS, NX, T, BLOCK], FLAT)
+    # Written by a lane of each state and channel, read by a lane of each step and channel: neither meets in a bank.
+    MIXED: gl.constexpr = gl.SwizzledSharedLayout(BLOCK, 1, 32 // BLOCK, [2, 1, 0])
+    part = gl.allocate_shared_memory(gl.float32, [WARPS, T, NX * BLOCK], MIXED)
     decayed = gl.allocate_shared_memory(gl.float32, [WARPS, CHAINS], FLAT2)
     changed = gl.allocate_shared_memory(gl.float32, [WARPS, CHAINS], FLAT2)
     started = gl.allocate_shared_memory(gl.float32, [WARPS, CHAINS], FLAT2)
@@ -406,7 +408,7 @@ def scan_segments_kernel(
     # The carried state, in the order of ``_put_chains``: a number in one lane of the program.
     chain = gl.arange(0, CHAINS, gl.SliceLayout(0, A2))[None, :]
     h_state = chain // (BLOCK * NH) * NH + chain % NH
-    h_channel = chain // NH % BLOCK
+    h_channel = chain // NH % LC * QC + chain // (NH * LC) % QC
     segment = gl.arange(0, WARPS, gl.SliceLayout(1, A2))[:, None]
     h_ok = (h_state < N) & (block * BLOCK + h_channel < per_group)
     state_at = h_state.to(gl.int64) * border_n + (first_c + h_channel)
@@ -479,7 +481,7 @@ def scan_segments_kernel(
             border = ((image * num_chunks + t // CHUNK) * num_paths + k) * N * border_n + state_at
             gl.store(states + border, before, mask=h_ok & (t < length) & (segment * T % CHUNK == 0))
 
-        late = started.reshape((WARPS, NX, LC, QC, NH)).permute((0, 3, 4, 1, 2)).load(D5)
+        late = started.reshape((WARPS, NX, QC, LC, NH)).permute((0, 2, 4, 1, 3)).load(D5)
         out = gl.zeros([WARPS, T, QC, NX, LC], gl.float32, T5)
         for r in gl.static_range(T):
             late = late * decays[r]
@@ -487,8 +489,9 @@ def scan_segments_kernel(
             out_r = gl.sum(gl.where(first, x + outs[r], x), axis=2)  # on top of what the first walk found
             out_r = gl.convert_layout(out_r, gl.SliceLayout(1, T5), assert_trivial=True)
             out = gl.where(index == r, out_r[:, None, :, :, :], out)
-        part.store(gl.reshape(gl.permute(out, (0, 3, 1, 4, 2)), (WARPS, NX, T, BLOCK)))
-        out = gl.sum(part.permute((1, 0, 2, 3)).load(_stacked_rows(T, BLOCK, WARPS)), axis=0)
+        part.store(gl.reshape(gl.permute(out, (0, 1, 3, 4, 2)), (WARPS, T, NX * BLOCK)))
+        out = part.load(_side_by_side(T, BLOCK, WARPS))
+        out = gl.sum(gl.reshape(out, (WARPS, T, NX, BLOCK)), axis=2)
         out = gl.convert_layout(gl.reshape(out, (STEPS, BLOCK)), E2, assert_trivial=True)
         out += d[None, :] * u_tile.to(gl.float32)
         if z is not None:
