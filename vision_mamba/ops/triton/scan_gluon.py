@@ -4,7 +4,8 @@ Arguments and mathematics are those of the portable kernels in ``selective_scan.
 image for a block of channels. Its lanes stand in a rectangle, 8 along the channels and 4 along the states, so a lane
 has N / 4 states of 4 channels (of 2, in a block of 16). Sums over states and sums over channels then both start inside
 a lane, and the lanes exchange through shared memory a quarter of a tile where they would exchange all of it. A warp
-alone needs no barriers between warps, at which the portable backward pass spends most of its time.
+alone needs no barriers between warps, at which the portable backward pass spends most of its time. Only
+``scan_segments_kernel`` has several warps a program, for shapes that are too few such programs.
 
 Axes of a tile: T steps, QC channels of a lane, NH states of a lane, NX = 4 lanes along the states, LC = 8 along the
 channels. Channel ``lane * QC + q`` of the block, state ``lane * NH + nh``: both contiguous in a lane, so that shared
