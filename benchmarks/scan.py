@@ -338,7 +338,8 @@ def compile_candidate(row, dtype_name, direction, config, target, sms) -> dict:
     """Resources of the pass's main kernel. Runs in a process of its own and fills the disk cache."""
     triton.runtime.driver.set_active(_NoDevice(target))
     found = launches(row, dtype_name, direction, config, sms, compile=True)
-    grid, compiled = next(rest for name, *rest in found if name.removeprefix("_") == f"scan_{direction}_kernel")
+    main = f"scan_{direction}_kernel", "scan_segments_kernel"
+    grid, compiled = next(rest for name, *rest in found if name.removeprefix("_") in main)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -372,6 +373,7 @@ def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
         if direction == "forward":
             default = kernels._gluon_forward_config(states, torch.device("meta"), programs=sms * 32, length=row[2])
             found = [default._replace(steps=steps, block=block) for block in (32, 16, 8) for steps in (8, 4)]
+            found += [kernels._segments_config(states, block) for block in (16, 8)]
         else:
             default = kernels._gluon_backward_config(states)
             found = [default, *(default._replace(registers=registers) for registers in (224, 168))]

@@ -208,13 +208,61 @@ def test_gluon_scan_agrees_with_the_reference(case, block, monkeypatch):
         case = dataclasses.replace(case, length=length, dim=dim, batch=1)
     elif not module.HAS_GLUON:
         pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
-    forward = module._gluon_forward_config
-    monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: forward(*given)._replace(block=block))
+    config = module._gluon_forward_config(case.num_states, torch.device("meta"), 10**6, case.length)
+    monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config._replace(block=block))
     launched = []
     launch = module._launch
     monkeypatch.setattr(module, "_launch", lambda *given: (launched.append(given[0].__name__), launch(*given)))
     check_scan(case, monkeypatch)
     assert {"scan_forward_kernel", "scan_backward_kernel"} <= set(launched)
+
+
+# Of the kernel with several warps a program, over one tile and more, of 32 steps or 64.
+SEGMENTS = [
+    (Case(1, 18, 16, 1), 16),
+    (Case(63, 20, 5, 2, z="each", softplus=False), 8),
+    (Case(63, 20, 16, 2, groups=2, merge="sum"), 16),
+    (Case(70, 18, 8, 1, z="none", parameters=False), 16),
+    (Case(35, 18, 12, 2, u_shared=False, broadcast=True, dtype=torch.bfloat16), 16),
+    *((Case(500, 384, 16, paths, batch=2, merge="sum"), block) for paths in (1, 2) for block in (8, 16)),
+    *((Case(197, 40, states, 3, dtype=torch.float16), block) for states in (8, 16) for block in (8, 16)),
+]
+
+
+@kernels
+@pytest.mark.parametrize("case, block", SEGMENTS, ids=str)
+def test_gluon_scan_in_segments_agrees_with_the_reference(case, block, monkeypatch):
+    from vision_mamba.ops.triton import selective_scan as module
+
+    if INTERPRETED:
+        if case.length > 100:
+            pytest.skip("too slow in the interpreter")
+        emulate(monkeypatch, module)
+    elif not module.HAS_GLUON:
+        pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
+    monkeypatch.setattr(
+        module, "_gluon_forward_config", lambda num_states, *given: module._segments_config(num_states, block)
+    )
+    launched = []
+    launch = module._launch
+    monkeypatch.setattr(module, "_launch", lambda *given: (launched.append(given[0].__name__), launch(*given)))
+    check_scan(case, monkeypatch)
+    assert {"scan_segments_kernel", "scan_backward_kernel"} <= set(launched)
+    assert "scan_forward_kernel" not in launched
+
+
+def test_segments_where_programs_are_few(monkeypatch):
+    """On 132 multiprocessors: enough images fill them, and one image alone has too few channels."""
+    module = pytest.importorskip("vision_mamba.ops.triton.selective_scan")
+    monkeypatch.setattr(module, "_wanted_programs", lambda device, config: 132 * config.resident // config.warps)
+    chosen = {}
+    for batch, length in ((128, 197), (64, 785), (32, 785), (16, 2048), (8, 6085), (1, 65536), (16, 64)):
+        config = module._gluon_forward_config(16, torch.device("cuda"), batch * 384 // 32, length)
+        chosen[batch, length] = config.warps, config.block
+    assert chosen == {
+        (128, 197): (1, 32), (64, 785): (1, 16), (32, 785): (4, 16), (16, 2048): (4, 16), (8, 6085): (4, 8),
+        (1, 65536): (1, 32), (16, 64): (1, 16),
+    }  # fmt: skip
 
 
 COMPILE = """
@@ -223,14 +271,22 @@ import torch
 from benchmarks import scan
 from vision_mamba.ops.triton import selective_scan as module
 
-for direction, states in (("forward", 16), ("backward", 8), ("backward", 16)):
+for kernel, states in (
+    ("forward", 16), ("backward", 8), ("backward", 16), ("segments 16", 8), ("segments 8", 16), ("segments 16", 16)
+):
     config = module._gluon_forward_config(states, torch.device("meta"), 10**6, 197)
-    if direction == "backward":
+    if kernel == "backward":
         config = module._gluon_backward_config(states)
+    elif kernel != "forward":
+        config = module._segments_config(states, int(kernel.split()[1]))
+    direction = "backward" if kernel == "backward" else "forward"
     used = scan.compile_candidate((2, 64, 197, states, 1), "bfloat16", direction, config, *scan.H100)
-    print("compiled", json.dumps([direction, states, used["stack"]]))
+    print("compiled", json.dumps([kernel, states, used["stack"]]))
 """
-SPILLED = {("forward", 16): 0, ("backward", 8): 256, ("backward", 16): 64}  # bytes a thread at most
+SPILLED = {  # bytes a thread at most
+    ("forward", 16): 0, ("backward", 8): 256, ("backward", 16): 64,
+    ("segments 16", 8): 0, ("segments 8", 16): 16, ("segments 16", 16): 0,
+}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -646,6 +646,7 @@ class _Config(NamedTuple):
 
 MAX_STATES = 256  # of a channel: eight warps then hold one step of them
 _REGISTERS = 168  # a thread: twelve warps then fit on a multiprocessor of 65536
+_MOST_WAVES = 1.4  # beyond it, walking spans twice on a full device is no slower
 _SPAN_STEPS = 64  # shorter spans cost more in launches than they gain
 
 
@@ -678,17 +679,34 @@ def _backward_config(num_states: int) -> _Config:
 
 
 def _gluon_forward_config(num_states: int, device: torch.device, programs: int, length: int) -> _Config:
-    """Tiles of 8 steps; 16 channels a program where ``programs`` of 32 channels are too few.
+    """By how many ``programs`` of 32 channels there are. Enough of them: one warp each, with tiles of 8 steps.
 
-    Half the channels are half as many numbers for a lane, and more instructions for each: that pays where spans would
-    walk everything twice, or where the path is too short for as many spans as would fill the device.
+    Too few, or a path too short for as many spans as would fill the device: 16 channels a program. They are half as
+    many numbers for a lane, and more instructions for each. Fewer still: the kernel of several warps a program.
     """
     config = _Config(triton.next_power_of_2(num_states), 8, 1, resident=12, gluon=True)
     wanted = _wanted_programs(device, config)
+    if 0 < programs <= wanted // 4:
+        shared = [_segments_config(num_states, block) for block in (16, 8)]
+        shared = min(shared, key=lambda config: _waves(config, device, programs))
+        if length >= 2 * _SPAN_STEPS and _waves(shared, device, programs) <= _MOST_WAVES:
+            return shared
     most_spans = max(min(length // _SPAN_STEPS, math.isqrt(length)), 1)
     if wanted // 6 <= programs < wanted // 2 or programs * most_spans < wanted:
         config = config._replace(block=16, resident=16)
     return config
+
+
+def _segments_config(num_states: int, block: int) -> _Config:
+    """Four warps a program, each at so many steps that a lane holds 64 decays of 16 states."""
+    states = triton.next_power_of_2(num_states)
+    return _Config(states, 128 // block, 4, registers=_REGISTERS, resident=12, gluon=True, block=block)
+
+
+def _waves(config: _Config, device: torch.device, programs: int) -> float:
+    """The time of this many ``programs`` of 32 channels, cut into such blocks, over that of a full device."""
+    share = programs * 32 / config.block / _wanted_programs(device, config)
+    return math.ceil(share) / share * (1.1 if config.block < 16 else 1.0)  # of few channels, more instructions each
 
 
 def _gluon_backward_config(num_states: int) -> _Config:
@@ -875,6 +893,8 @@ def selective_scan_forward(
     plan = _plan(
         batch, length, num_paths, x.blocks(config), num_states, u.device, config, sum_over_paths, least_spans=3
     )  # fmt: skip
+    if config.gluon and config.warps > 1:  # these share out the path themselves
+        plan = _Plan(False, length, 1, batch * num_paths * x.blocks(config))
     initial = _state_rows(initial_state)
     last_state = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
     states = new_states(delta, num_states, save_states)
@@ -911,7 +931,7 @@ def _kernels(config: _Config) -> _Kernels:
     from . import scan_gluon  # only here: older Triton has no Gluon
 
     return _Kernels(
-        scan_gluon.scan_forward_kernel,
+        scan_gluon.scan_segments_kernel if config.warps > 1 else scan_gluon.scan_forward_kernel,
         scan_gluon.scan_forward_kernel,
         scan_gluon.scan_backward_kernel,
         scan_gluon.span_backward_kernel,
