@@ -373,7 +373,7 @@ def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
         if direction == "forward":
             default = kernels._gluon_forward_config(states, torch.device("meta"), programs=sms * 32, length=row[2])
             found = [default._replace(steps=steps, block=block) for block in (32, 16, 8) for steps in (8, 4)]
-            found += [kernels._segments_config(states, block) for block in (16, 8)]
+            found += [kernels._segments_config(states, *shape) for shape in ((16, 2), (16, 4), (8, 4))]
         else:
             default = kernels._gluon_backward_config(states)
             found = [default, *(default._replace(registers=registers) for registers in (224, 168))]

@@ -219,7 +219,7 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
                     clip_grad_value_(trainable, config.optimizer.clip_grad)
                 scaler.step(optimizer)
                 scaler.update()
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=not config.train.cuda_graphs)
                 group_loss.zero_()
                 updates = epoch * updates_per_epoch + batch // accumulate + 1
                 if ema is not None:
@@ -323,6 +323,9 @@ def capture(model: nn.Module, images: torch.Tensor, amp_dtype: torch.dtype | Non
     with torch.no_grad():
         for buffer, value in before:
             buffer.copy_(value)
+    # A parameter without a gradient would take the graph's own tensor for it, which the next replay overwrites.
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
 
 def find_state(output: Path, resume: str | Path | None) -> dict[str, Any] | None:
