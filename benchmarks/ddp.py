@@ -12,28 +12,22 @@ backward and a step of fused AdamW. Medians of blocks of steps; the slowest proc
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import timm
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import vision_mamba  # noqa: F401  # registers the models
-from benchmarks.models import commit
-from vision_mamba.engine.benchmark import device_name
+from benchmarks.report import write_results
 from vision_mamba.engine.build import create_any_size
 from vision_mamba.engine.distributed import barrier, start_processes, stop_processes
 from vision_mamba.errors import UserError, run_main
-from vision_mamba.files import replacing
 
 MODELS = ("vim_tiny_patch16_224", "vmamba_tiny_s1l8")
 
@@ -103,21 +97,7 @@ def main() -> None:
         for row in rows:
             one, every = row["one_images_per_s"], row["all_images_per_s"]
             print(f"{row['model']:28} one {one:9.1f}  {processes} processes {every:9.1f} images/s  {every / one:.2f}x")
-        name = device_name(device)
-        short = name.split()[1].lower() if device.type == "cuda" else "cpu"
-        out = args.out or Path(__file__).parent / "results" / f"ddp-{short}.json"
-        report = {
-            "device": name,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "commit": commit(),
-            "command": "torchrun -m benchmarks.ddp " + " ".join(sys.argv[1:]),
-            "date": datetime.date.today().isoformat(),
-            "rows": rows,
-        }
-        with replacing(out) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"wrote {out}")
+        write_results("ddp", device, "torchrun -m benchmarks.ddp", args.out, rows=rows)
     stop_processes()
 
 

@@ -17,22 +17,19 @@ checkpointing. Memory (not of graphs) is the peak beyond weights (and gradients,
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
 
 import vision_mamba
 from benchmarks import official_rsmamba, official_vim, official_vmamba
-from vision_mamba.engine.benchmark import Bench, device_name, measure
+from benchmarks.report import write_results
+from vision_mamba.engine.benchmark import Bench, measure
 from vision_mamba.engine.build import create_any_size
 
 
@@ -72,11 +69,6 @@ FAMILIES = {
     "samba": Family("samba", ("swin_tiny_patch4_window7_224",), None, ((512, 16),)),
 }
 CPU_ROWS = ((224, 1), (224, 8))
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -161,23 +153,7 @@ def main() -> None:
                         }
                     )
         del models
-    name = device_name(device)
-    short = name.split()[1].lower() if cuda else "cpu"
-    out = args.out or Path(__file__).parent / "results" / f"{args.family}-{short}.json"
-    text = {
-        "device": name,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "commit": commit(),
-        "command": "python -m benchmarks.models " + " ".join(a.rsplit("/", 1)[-1] for a in sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "rows": results,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(json.dumps(text, indent=1) + "\n")
-    temporary.replace(out)
-    print(f"wrote {out}")
+    write_results(args.family, device, "python -m benchmarks.models", args.out, rows=results)
 
 
 if __name__ == "__main__":

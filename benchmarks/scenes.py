@@ -20,10 +20,7 @@ windows' borders over that across all other pixels: 1 where no border shows.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -42,12 +39,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vision_mamba  # noqa: F401  # registers the models
-from benchmarks.models import commit
+from benchmarks.report import write_results
 from vision_mamba.data.rasters import load_rasterio
-from vision_mamba.engine.benchmark import device_name
-from vision_mamba.engine.checkpoint import versions
 from vision_mamba.errors import UserError, run_main
-from vision_mamba.files import replacing
 from vision_mamba.geo import Segmentor, segment_raster
 from vision_mamba.geo.reader import SceneReader
 from vision_mamba.geo.windows import Grid, blend_rows, blend_weights, weigh
@@ -297,18 +291,10 @@ def main() -> None:
                     f"{name:24} {row['way']:24} {row['ms']:9.1f} {mib:>8} {row['agreement']:10.2%} {row['seams']:7.2f}",
                     flush=True,
                 )
-    gpu_or_cpu = device_name(device)
-    short = gpu_or_cpu.split()[1].lower() if device.type == "cuda" else "cpu"
-    out = args.out or Path(__file__).parent / "results" / f"scenes-{short}.json"
-    text = {
-        "device": gpu_or_cpu, **versions(), "rasterio": load_rasterio().__version__, "commit": commit(),
-        "command": "python -m benchmarks.scenes " + " ".join(a.rsplit("/", 1)[-1] for a in sys.argv[1:]),
-        "date": datetime.date.today().isoformat(), "batch_size": batch_size, "window": window,
-        "scenes": scenes, "large_window": windows,
-    }  # fmt: skip
-    with replacing(out) as temporary:
-        temporary.write_text(json.dumps(text, indent=1) + "\n")
-    print(f"wrote {out}")
+    write_results(
+        "scenes", device, "python -m benchmarks.scenes", args.out, rasterio=load_rasterio().__version__,
+        batch_size=batch_size, window=window, scenes=scenes, large_window=windows,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
