@@ -12,6 +12,7 @@ backward and a step of fused AdamW. Medians of blocks of steps; the slowest proc
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -68,15 +69,18 @@ def measure(name: str, size: int, batch: int, device: torch.device, runs: int, s
     torch.manual_seed(rank)
     model = create_any_size(name, {"img_size": size}).to(device)
     x = torch.randn(batch, 3, size, size, device=device)
-    alone = seconds(trainer(model, x), x, runs, steps) if rank == 0 else 0.0
+    alone = seconds(trainer(model, x), x, runs, steps) if rank == 0 else math.inf
     barrier()
     slowest = torch.tensor(seconds(trainer(DistributedDataParallel(model), x), x, runs, steps), device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    row = {"model": name, "img_size": size, "batch": batch, "processes": processes}
-    row |= (
-        {"one_images_per_s": batch / alone, "all_images_per_s": processes * batch / slowest.item()} if not rank else {}
-    )
-    return row
+    return {
+        "model": name,
+        "img_size": size,
+        "batch": batch,
+        "processes": processes,
+        "one_images_per_s": batch / alone,  # 0 but in the first process
+        "all_images_per_s": processes * batch / slowest.item(),
+    }
 
 
 def main() -> None:

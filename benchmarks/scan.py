@@ -38,6 +38,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from vision_mamba.files import replacing
 from vision_mamba.ops import reference
 from vision_mamba.ops.triton import selective_scan as kernels
 
@@ -499,16 +500,10 @@ def table(arguments, chosen) -> int:
     if output is None and arguments.rows is None and right:
         output = Path(__file__).parent / "results" / f"scan-{gpu.replace(' ', '-').lower()}.json"
     if output is not None and right:
-        write(output, record)
+        with replacing(output) as temporary:
+            temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
         print(f"written to {output}")
     return 0 if right else 1
-
-
-def write(output: Path, record: dict) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    temporary.replace(output)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ class Bench:
 
     def __init__(self, model: nn.Module, x: Tensor, *, training: bool, mode: str) -> None:
         self.model = model.train(training)
+        if hasattr(model, "set_grad_checkpointing"):  # the same model may be measured with it before
+            model.set_grad_checkpointing(mode == "checkpointed")
         self.x, self.training, self.mode = x, training, mode
         self.forward = torch.compile(model) if mode == "compiled" else model
         self.cuda = x.is_cuda
@@ -67,8 +69,6 @@ class Bench:
         if self.graph is not None:
             self.graph.replay()
             return
-        if hasattr(self.model, "set_grad_checkpointing"):  # the same model may be measured with and without
-            self.model.set_grad_checkpointing(self.mode == "checkpointed")
         autocast = (
             torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=self.mode != "graph")
             if self.cuda
