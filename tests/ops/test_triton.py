@@ -211,8 +211,8 @@ def test_gluon_scan_agrees_with_the_reference(case, block, monkeypatch):
     config = module._gluon_forward_config(case.num_states, torch.device("meta"), 10**6, case.length)
     monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config._replace(block=block))
     launched = []
-    launch = module._launch
-    monkeypatch.setattr(module, "_launch", lambda *given: (launched.append(given[0].__name__), launch(*given)))
+    launch = module.launch
+    monkeypatch.setattr(module, "launch", lambda *given: (launched.append(given[0].__name__), launch(*given)))
     check_scan(case, monkeypatch)
     assert {"scan_forward_kernel", "scan_backward_kernel"} <= set(launched)
 
@@ -245,8 +245,8 @@ def test_gluon_scan_in_segments_agrees_with_the_reference(case, block, warps, mo
         module, "_gluon_forward_config", lambda num_states, *given: module._segments_config(num_states, block, warps)
     )
     launched = []
-    launch = module._launch
-    monkeypatch.setattr(module, "_launch", lambda *given: (launched.append(given[0].__name__), launch(*given)))
+    launch = module.launch
+    monkeypatch.setattr(module, "launch", lambda *given: (launched.append(given[0].__name__), launch(*given)))
     check_scan(case, monkeypatch)
     assert {"scan_segments_kernel", "scan_backward_kernel"} <= set(launched)
     assert "scan_forward_kernel" not in launched
@@ -326,11 +326,11 @@ def test_scan_with_more_warps_where_the_batch_does_not_fill_the_device(monkeypat
     from vision_mamba.ops.triton import selective_scan as module
 
     launched = []
-    launch = module._launch
+    launch = module.launch
     more = module._forward_config(32, fills=False)
     monkeypatch.setattr(module, "_wanted_programs", lambda device, config: 1 if config == more else 100)
     monkeypatch.setattr(
-        module, "_launch", lambda *given: (launched.append((given[0].__name__, given[3])), launch(*given))
+        module, "launch", lambda *given: (launched.append((given[0].__name__, given[3])), launch(*given))
     )
     case = Case(37, num_states=32, merge="sum")
     given = inputs(case, DEVICE)

@@ -49,7 +49,38 @@ def state_matrix(A_log: Tensor) -> Tensor:
     return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
 
 
-def scan_inputs(x: Tensor, weight: Tensor, d_state: int) -> tuple[Tensor, Tensor, Tensor]:
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x.view_as(x), F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, dx, dproduct):
+        x, weight = ctx.saved_tensors
+        rows = dproduct.flatten(0, -2)
+        dx = torch.addmm(dx.flatten(0, -2), rows, weight).view_as(x)
+        return dx, rows.t() @ x.flatten(0, -2)
+
+
+def shared_linear(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that something else reads too, and their product with a matrix.
+
+    The gradients of the two uses are added within the product of the second: autograd would add them in a pass of its
+    own, over the largest tensors of a block.
+
+    Args:
+        x: (..., D), under autocast in its dtype; the caller goes on with the first result in its place.
+        weight: (O, D).
+
+    Returns:
+        ``x``, and its product (..., O) in the same dtype.
+    """
+    weight = weight.to(x.dtype)  # autocast's casts would not reach the backward pass
+    return _Shared.apply(x, weight) if torch.is_grad_enabled() and x.requires_grad else (x, F.linear(x, weight))
+
+
+def scan_inputs(x: Tensor, weight: Tensor, d_state: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Low-rank step sizes, B and C of K paths, in one product over the tokens.
 
     Args:
@@ -58,20 +89,21 @@ def scan_inputs(x: Tensor, weight: Tensor, d_state: int) -> tuple[Tensor, Tensor
         d_state: N.
 
     Returns:
-        Step sizes (batch, L, K, R), B and C (batch, L, K, N).
+        ``x`` for the scan (:func:`shared_linear`), step sizes (batch, L, K, R), B and C (batch, L, K, N).
     """
     K, rank = len(weight), weight.shape[1] - 2 * d_state
     if x.ndim == 4 and x.device.type == "cpu":
         dt, B, C = path_products(x, weight).split((rank, d_state, d_state), dim=-1)
-        return dt, B, C
+        return x, dt, B, C
     if x.ndim == 4:
         weight = block_diagonal(weight).unflatten(0, (K, -1))
     # All paths' step sizes first, then all B, then all C: each is a slice whose rows start aligned.
     edges = ((0, rank), (rank, rank + d_state), (rank + d_state, rank + 2 * d_state))
     rows = torch.cat([matrix[start:end] for start, end in edges for matrix in weight])
-    parts = F.linear(x.flatten(2), rows).split((K * rank, K * d_state, K * d_state), dim=-1)
+    shared, product = shared_linear(x.flatten(2), rows)
+    parts = product.split((K * rank, K * d_state, K * d_state), dim=-1)
     dt, B, C = (part.unflatten(-1, (K, -1)) for part in parts)
-    return dt, B, C
+    return shared.view_as(x), dt, B, C
 
 
 class MambaMixer(nn.Module):
@@ -143,7 +175,7 @@ class MambaMixer(nn.Module):
             x = causal_conv1d(x, self.conv_weight[0], self.conv_bias[0], activation="silu")
         else:
             x = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", paths=paths)
-        dt, B, C = scan_inputs(x, self.x_proj_weight, self.d_state)
+        x, dt, B, C = scan_inputs(x, self.x_proj_weight, self.d_state)
         if self.share_paths:
             dt, B, C = dt.squeeze(2), B.squeeze(2), C.squeeze(2)
         y = selective_scan(

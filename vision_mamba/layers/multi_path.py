@@ -7,10 +7,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops import causal_conv1d, selective_scan
-from .mamba import init_scan_parameters, state_matrix
+from .mamba import init_scan_parameters, shared_linear, state_matrix
 
 
 class MultiPathMixer(nn.Module):
@@ -77,7 +76,8 @@ class MultiPathMixer(nn.Module):
         """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", paths=paths)
-        dt, B, C = F.linear(x, self.x_proj_weight).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        x, product = shared_linear(x, self.x_proj_weight)
+        dt, B, C = product.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         y = selective_scan(
             x,
             dt,

@@ -89,7 +89,7 @@ class SS2D(nn.Module):
 
     def scan(self, u: Tensor, height: int, width: int) -> Tensor:
         """Sum of the scans along all paths: tokens (batch, L, inner) -> (batch, L, inner)."""
-        dt, B, C = scan_inputs(u, self.x_proj_weight, self.d_state)
+        u, dt, B, C = scan_inputs(u, self.x_proj_weight, self.d_state)
         y = selective_scan(
             u,
             dt,

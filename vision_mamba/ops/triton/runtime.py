@@ -142,6 +142,20 @@ def alignment(*strides: int) -> int:
     return math.gcd(16, *strides)
 
 
+def offset_type(length: int, *strides: int) -> tl.dtype:
+    """The integers for offsets in an image: 64 bits cost several instructions a row, and few images need them."""
+    return tl.int32 if max(strides) * length < 2**31 else tl.int64
+
+
+def launch(kernel, grid: tuple[int, ...], arguments: dict, warps: int, registers: int | None = None) -> None:
+    """``kernel`` with those of the ``arguments`` that it has, and at most so many ``registers`` a thread."""
+    wanted = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+    options = OPTIONS
+    if registers is not None and torch.version.hip is None:  # an option of Triton's NVIDIA backend alone
+        options = options | {"maxnreg": registers}
+    kernel[grid](**wanted, num_warps=warps, **options)
+
+
 def check_dtypes(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -21,15 +21,16 @@ from ..selective_scan import step_sizes
 from .runtime import (
     HAS_GLUON,
     LOG2E,
-    OPTIONS,
     VARYING,
     alignment,
     check_dtypes,
     dense,
     jit_without,
+    launch,
     load_rows,
     locate,
     multiprocessors,
+    offset_type,
     on_device,
     sigmoid,
     softplus,
@@ -796,11 +797,6 @@ def _names(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
     return {f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
 
 
-def _offset(length: int, *strides: int) -> tl.dtype:
-    """The integers for offsets in an image: 64 bits cost several instructions a row, and few images need them."""
-    return tl.int32 if max(strides) * length < 2**31 else tl.int64
-
-
 def _arguments(u, delta, A, B, C, D, z, delta_bias, paths) -> _Arguments:
     check_dtypes(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     if A.shape[-1] > MAX_STATES:
@@ -825,16 +821,8 @@ def _arguments(u, delta, A, B, C, D, z, delta_bias, paths) -> _Arguments:
     }  # fmt: skip
     # The rows of the arguments, of ddelta, and of what is added up to dB and dC.
     rows_l = (stride for name, stride in strides.items() if name.endswith("_l"))
-    offset = _offset(length, num_paths * dim, math.prod(B.shape[2:]), *rows_l)
+    offset = offset_type(length, num_paths * dim, math.prod(B.shape[2:]), *rows_l)
     return _Arguments(tensors, sizes, strides, alignment(dim, *rows.values()), offset)
-
-
-def _launch(kernel, grid: tuple[int, ...], arguments: dict, warps: int, registers: int | None = None) -> None:
-    wanted = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-    options = OPTIONS
-    if registers is not None and torch.version.hip is None:  # an option of Triton's NVIDIA backend alone
-        options = options | {"maxnreg": registers}
-    kernel[grid](**wanted, num_warps=warps, **options)
 
 
 def _state_rows(state: Tensor | None) -> Tensor | None:
@@ -849,10 +837,10 @@ def _link(plan: _Plan, kernel, given: dict, state: Tensor | None, x: _Arguments,
     change = x.tensors["u"].new_empty(*shape, given["N"], dim, dtype=torch.float32)
     total = x.tensors["u"].new_empty(*shape, dim, dtype=torch.float32)
     given = given | {"change": change, "total": total}
-    _launch(kernel, (plan.programs,), given | {"initial": None}, config.warps)
+    launch(kernel, (plan.programs,), given | {"initial": None}, config.warps)
     given |= dict(initial=state, REVERSE=reverse, **_names("h", state, "bskn"))
     # One warp, so that the spans of a tile lie in one thread.
-    _launch(_link_spans_kernel, (plan.programs // plan.num_spans, given["N"]), given | {"SPANS": 16}, 1)
+    launch(_link_spans_kernel, (plan.programs // plan.num_spans, given["N"]), given | {"SPANS": 16}, 1)
     return change
 
 
@@ -914,7 +902,7 @@ def selective_scan_forward(
                 kernel = _kernels(config).span_forward
                 initial = _link(plan, kernel, given | {"y": None}, initial, x, config, reverse=False)
                 given |= dict(initial=initial, **_names("h", initial, "bskn"))
-            _launch(_kernels(config).forward, (plan.programs,), given, config.warps, config.registers)
+            launch(_kernels(config).forward, (plan.programs,), given, config.warps, config.registers)
     if merge:
         y = _merged(y)
     return y, last_state, states
@@ -953,7 +941,7 @@ def _add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums
         columns.append(num_paths * dim)
     programs = sum(triton.cdiv(count, given["COLUMNS"]) for count in columns)
     programs += triton.cdiv(given["tokens"], given["TOKENS"])
-    _launch(_add_partials_kernel, (programs,), given, 4)
+    launch(_add_partials_kernel, (programs,), given, 4)
 
 
 def selective_scan_backward(
@@ -1013,7 +1001,7 @@ def selective_scan_backward(
         dinitial=dinitial, span=plan.span, num_spans=plan.num_spans, N=num_states, NP=config.states, T=config.steps,
         BLOCK=config.block,
         TILES=config.tiles, WARPS=config.warps, ALIGN=alignment(x.align, *dy.stride()[:-1]),
-        OFFSET=x.offset if _offset(length, dy.stride(1)) is tl.int32 else tl.int64, SOFTPLUS=delta_softplus,
+        OFFSET=x.offset if offset_type(length, dy.stride(1)) is tl.int32 else tl.int64, SOFTPLUS=delta_softplus,
         LOOP_PATHS=plan.loop_paths, ADD_DU=add_du, ADD_DZ=add_dz,
     )  # fmt: skip
     if plan.programs > 0:
@@ -1021,7 +1009,7 @@ def selective_scan_backward(
             if plan.num_spans > 1:
                 dlast = _link(plan, _kernels(config).span_backward, given, dlast, x, config, reverse=True)
                 given |= dict(dlast=dlast, **_names("h", dlast, "bskn"))
-            _launch(_kernels(config).backward, (plan.programs,), given, config.warps, config.registers)
+            launch(_kernels(config).backward, (plan.programs,), given, config.warps, config.registers)
     if num_paths * dim > 0:
         with on_device(u):
             _add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums)
