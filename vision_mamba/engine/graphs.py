@@ -37,8 +37,9 @@ class TrainingGraphs:
     """
 
     def __init__(self) -> None:
-        self._forget()
         self._warned = False
+        self._state: list[Any] | None = None
+        self._forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -99,7 +100,6 @@ class TrainingGraphs:
 
     def _forget(self) -> None:
         self._captures: dict[tuple[Any, ...], _Capture] = {}
-        self._state: list[Any] | None = None
         self._pool: tuple[int, int] | None = None
         self._stream: torch.cuda.Stream | None = None
         # The forward pass that was replayed last, while its backward pass may still come.
@@ -141,8 +141,8 @@ class TrainingGraphs:
 class _Capture:
     """The two graphs of one kind of input, and where they read and write.
 
-    The tensors do not own their memory. All of it goes back to the pool at the end of a capture, for the next capture to
-    take, and stays the pool's as long as any graph lives. So a replay writes over what other captures left there.
+    The tensors do not own their memory. All of it goes back to the pool at the end of a capture, for the next capture
+    to take, and stays the pool's as long as any graph lives. So a replay writes over what other captures left there.
     """
 
     def __init__(

@@ -48,8 +48,9 @@ class VisionMambaBackbone(BaseModule):
         with_cp: recompute blocks in the backward pass: less memory, more time.
         cuda_graphs: on a GPU, replay training passes as CUDA graphs instead of launching their kernels from Python,
             which small batches wait for. The first batch of every size costs about a second; the memory that the
-            largest size needs is kept. Sizes beyond the first 64 run eagerly, with a warning. One process only, not with ``with_cp``;
-            drop rates are fixed with the first pass. See :class:`vision_mamba.engine.graphs.TrainingGraphs`.
+            largest size needs is kept. Sizes beyond the first 64 run eagerly, with a warning. One process only, not
+            with ``with_cp``; drop rates are fixed with the first pass. More in
+            :class:`vision_mamba.engine.graphs.TrainingGraphs`.
         in_channels: image channels.
         init_cfg: ``dict(type="Pretrained", checkpoint="FILE")`` loads official or own weights, also from files of whole
             detectors and segmentors, as :func:`vision_mamba.load_checkpoint` does; no other type.
