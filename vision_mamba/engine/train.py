@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +34,7 @@ from vision_mamba.engine.distributed import (
     stop_processes,
 )
 from vision_mamba.engine.evaluate import AMP_DTYPES, evaluate, write_per_class
+from vision_mamba.engine.graphs import TrainingGraphs
 from vision_mamba.engine.logs import EpochLog, Progress
 from vision_mamba.engine.plots import plot_confusion, plot_curves
 from vision_mamba.errors import UserError
@@ -148,10 +150,7 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     forward = torch.compile(net, mode=config.train.compile_mode) if config.train.compile else net
     if config.train.cuda_graphs:
-        images = torch.zeros(config.data.batch_size, *data_config["input_size"], device=device)
-        capture(
-            model, images.to(memory_format=torch.channels_last) if config.train.channels_last else images, amp_dtype
-        )
+        forward = partial(TrainingGraphs(), model, model)
     trainable = [p for p in model.parameters() if p.requires_grad]
 
     def state(epoch: int, step_in_epoch: int, images_seen: torch.Tensor) -> dict[str, Any]:
@@ -219,7 +218,7 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
                     clip_grad_value_(trainable, config.optimizer.clip_grad)
                 scaler.step(optimizer)
                 scaler.update()
-                optimizer.zero_grad(set_to_none=not config.train.cuda_graphs)
+                optimizer.zero_grad()
                 group_loss.zero_()
                 updates = epoch * updates_per_epoch + batch // accumulate + 1
                 if ema is not None:
@@ -305,27 +304,6 @@ def seed_all(*key: int) -> None:
     random.seed(low)
     np.random.seed(low)
     torch.manual_seed(high << 32 | low)
-
-
-def capture(model: nn.Module, images: torch.Tensor, amp_dtype: torch.dtype | None) -> None:
-    """From now on the model's training passes replay two CUDA graphs: forward, and backward.
-
-    Args:
-        images: of the shape, type and memory format that all training batches have.
-        amp_dtype: autocast type of the passes; None is none.
-    """
-    build.set_train_mode(model)
-    # The passes that come before the capture, over images that are not of the data, must leave no trace.
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    # A cast that autocast remembers would not be repeated by the graph.
-    with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None, cache_enabled=False):
-        torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
-    with torch.no_grad():
-        for buffer, value in before:
-            buffer.copy_(value)
-    # A parameter without a gradient would take the graph's own tensor for it, which the next replay overwrites.
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
 
 def find_state(output: Path, resume: str | Path | None) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
+from mmengine.dist import get_world_size
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from timm.models import group_parameters
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import load_checkpoint
+from ..engine.graphs import TrainingGraphs
 from ..errors import nearest
 from ..layers import OverlapPatchEmbed
 
@@ -44,14 +46,19 @@ class VisionMambaBackbone(BaseModule):
         frozen_stages: -1 trains everything; 0 fixes the stem (patch and position embedding), i also the first i stages
             (or blocks). Fixed parts stay in evaluation mode.
         with_cp: recompute blocks in the backward pass: less memory, more time.
+        cuda_graphs: on a GPU, replay training passes as CUDA graphs instead of launching their kernels from Python,
+            which small batches wait for. The first batch of every size costs about a second; the memory that the
+            largest size needs is kept. Sizes beyond the first 64 run eagerly, with a warning. One process only, not
+            with ``with_cp``; drop rates are fixed with the first pass. More in
+            :class:`vision_mamba.engine.graphs.TrainingGraphs`.
         in_channels: image channels.
         init_cfg: ``dict(type="Pretrained", checkpoint="FILE")`` loads official or own weights, also from files of whole
             detectors and segmentors, as :func:`vision_mamba.load_checkpoint` does; no other type.
         **model_args: further arguments of ``timm.create_model``.
 
     Raises:
-        ValueError: an unknown name (near ones are shown), an argument that the model does not take, or an index beyond
-            its stages.
+        ValueError: an unknown name (near ones are shown), an argument that the model does not take, an index beyond
+            its stages, or ``cuda_graphs`` with what it does not go with.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class VisionMambaBackbone(BaseModule):
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,
         with_cp: bool = False,
+        cuda_graphs: bool = False,
         in_channels: int = 3,
         init_cfg: dict[str, Any] | None = None,
         **model_args: Any,
@@ -72,6 +80,10 @@ class VisionMambaBackbone(BaseModule):
             if init_cfg is not None:
                 raise ValueError("give the weights file as pretrained or as init_cfg, not as both")
             init_cfg = dict(type="Pretrained", checkpoint=pretrained)
+        if cuda_graphs and with_cp:
+            raise ValueError("cuda_graphs and with_cp do not go together: unset one")
+        if cuda_graphs:
+            _check_one_process()
         if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg):
             raise ValueError(f"init_cfg={init_cfg}: only dict(type='Pretrained', checkpoint='FILE') is supported")
         super().__init__(init_cfg)
@@ -90,6 +102,7 @@ class VisionMambaBackbone(BaseModule):
         if with_cp:
             self.model.set_grad_checkpointing(True)
         self._freeze()
+        self._graphs = TrainingGraphs() if cuda_graphs else None
 
     @property
     def model(self) -> nn.Module:
@@ -120,10 +133,11 @@ class VisionMambaBackbone(BaseModule):
         Rows and columns are ``ceil(size / strides[i])``; with overlapping patches and no padding of the model's own, as
         many as patches tile.
         """
-        maps = self.net(self._pad(x))
-        if str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC"):
-            maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
-        return tuple(maps)
+        x = self._pad(x)
+        if self._graphs is None or not self.training:
+            return self._maps(x)
+        _check_one_process()  # others may have been started since the backbone was built
+        return self._graphs(self.net, self._maps, x)
 
     def layer_ids(self) -> dict[str, int]:
         """Depth of every parameter (by its name in ``self.model``): 0 stem, then blocks; norms of outputs last."""
@@ -132,6 +146,12 @@ class VisionMambaBackbone(BaseModule):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters of ``self.model`` that are not to decay."""
         return set(getattr(self.model, "no_weight_decay", set)())
+
+    def _maps(self, x: Tensor) -> tuple[Tensor, ...]:
+        maps = self.net(x)
+        if str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC"):
+            maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
+        return tuple(maps)
 
     def _pad(self, x: Tensor) -> Tensor:
         """The least padding with which the patches of a plain model tile the image."""
@@ -176,6 +196,13 @@ class VisionMambaBackbone(BaseModule):
                 if parameters and not any(p.requires_grad for p in parameters):
                     module.eval()
         return self
+
+
+def _check_one_process() -> None:
+    if (processes := get_world_size()) > 1:
+        raise ValueError(
+            f"cuda_graphs needs one process, and there are {processes}: set model.backbone.cuda_graphs=False"
+        )
 
 
 def _create_features(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
