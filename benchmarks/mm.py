@@ -16,6 +16,7 @@ after each input, for a run that is stopped.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import statistics
 import time
@@ -43,7 +44,7 @@ def segmentors() -> dict[str, nn.Module]:
     from mmengine.hub import get_config
 
     ours = load_config(str(CONFIGS / "segmentation/vmamba_tiny_ade20k.py"), "seg", {"model.backbone.pretrained": False})
-    swin = ours.copy()
+    swin = copy.deepcopy(ours)
     backbone = get_config("mmseg::_base_/models/upernet_swin.py").model.backbone
     swin.model.backbone = dict(backbone, drop_path_rate=ours.model.backbone.drop_path_rate)
     return {"vmamba_tiny": build("mmseg", ours.model), "swin_tiny": build("mmseg", swin.model)}

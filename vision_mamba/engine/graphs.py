@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -119,18 +120,19 @@ class TrainingGraphs:
             if self._stream is None:
                 # Freed memory of a pool is found again only by the stream that had it: one stream for all captures.
                 self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            # A cast that autocast remembers would not be repeated by the graph.
+            no_cache = torch.autocast("cuda", autocast, enabled=autocast is not None, cache_enabled=False)
             try:
-                # A cast that autocast remembers would not be repeated by the graph.
-                with torch.autocast("cuda", autocast, enabled=autocast is not None, cache_enabled=False):
+                with _own_leaves(net, trainable) as leaves, no_cache:
                     self._stream.wait_stream(torch.cuda.current_stream())
                     with torch.cuda.stream(self._stream):
                         for _ in range(_WARM_UP):
                             outputs = [o for o in _several(forward(x)) if o.requires_grad]
                             zeros = [torch.zeros_like(o) for o in outputs]
-                            torch.autograd.grad(outputs, trainable, zeros, allow_unused=True)
+                            torch.autograd.grad(outputs, leaves, zeros, allow_unused=True)
                             del outputs, zeros
                     torch.cuda.current_stream().wait_stream(self._stream)
-                    return _Capture(forward, x, trainable, self._pool, self._stream)
+                    return _Capture(forward, x, leaves, trainable, self._pool, self._stream)
             finally:
                 torch.cuda.set_rng_state(random_numbers, x.device)
                 with torch.no_grad():
@@ -149,7 +151,8 @@ class _Capture:
         self,
         forward: Callable[[Tensor], Any],
         x: Tensor,
-        trainable: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        parameters: Sequence[Tensor],
         pool: Any,
         stream: torch.cuda.Stream,
     ) -> None:
@@ -164,14 +167,14 @@ class _Capture:
             differentiable = [o for o in outputs if o.requires_grad]
             with capturing(self.backward_graph):
                 received = [_unfilled(o) for o in differentiable]
-                gradients = torch.autograd.grad(differentiable, trainable, received, allow_unused=True)
+                gradients = torch.autograd.grad(differentiable, leaves, received, allow_unused=True)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise RuntimeError(
                 f"the passes over an input {tuple(x.shape)} cannot be captured as CUDA graphs, train without: {error}"
             ) from error
-        self.parameters = tuple(trainable)
+        self.parameters = tuple(parameters)
         self.single = isinstance(found, Tensor)
         self.differentiable = [o.requires_grad for o in outputs]
         self.used = [g is not None for g in gradients]
@@ -211,6 +214,24 @@ class _Replay(torch.autograd.Function):
         ctx.pending = None
         own = iter(torch._foreach_mul(capture.gradients, 1))  # copies, with few launches
         return None, None, None, *(next(own) if used else None for used in capture.used)
+
+
+@contextmanager
+def _own_leaves(net: nn.Module, trainable: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Meanwhile the net has other parameters in the place of these, over the same memory.
+
+    Autograd brings a leaf's gradients to the stream on which it was first used, for as long as a result of that is kept
+    (the last step's loss, say), and a capture must not wait for another stream.
+    """
+    own = {p: nn.Parameter(p.detach()) for p in trainable}
+    replaced = [(m, name, p) for m in net.modules() for name, p in m._parameters.items() if p is not None and p in own]
+    for module, name, parameter in replaced:
+        module._parameters[name] = own[parameter]
+    try:
+        yield list(own.values())
+    finally:
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter
 
 
 def _state(net: nn.Module) -> list[Any]:

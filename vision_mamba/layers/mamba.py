@@ -59,8 +59,10 @@ class _Shared(torch.autograd.Function):
     def backward(ctx, dx, dproduct):
         x, weight = ctx.saved_tensors
         rows = dproduct.flatten(0, -2)
-        dx = torch.addmm(dx.flatten(0, -2), rows, weight).view_as(x)
-        return dx, rows.t() @ x.flatten(0, -2)
+        own = dx.is_contiguous() and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        # In place where it may be: what is added to would be copied first, which takes as long as a sum of two.
+        add = torch.Tensor.addmm_ if own else torch.addmm
+        return add(dx.flatten(0, -2), rows, weight).view_as(x), rows.t() @ x.flatten(0, -2)
 
 
 def shared_linear(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

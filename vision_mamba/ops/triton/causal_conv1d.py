@@ -103,7 +103,7 @@ def _conv_forward_kernel(
 
 @_jit
 def _conv_backward_kernel(
-    dy, x, weight, bias, paths, slope, sums,
+    dy, x, weight, bias, paths, slope, steps, sums,
     tiles, length, num_paths, dim, x_b, x_l, dy_b, dy_l, dy_k, w_k, bias_k, paths_k,
     WIDTH: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     SILU: tl.constexpr,
@@ -111,7 +111,8 @@ def _conv_backward_kernel(
     """Gradient before the activation, ``slope`` (K, batch, L, D) in the path's order, and its sums for the weights.
 
     A program walks every so many tiles of one path, and keeps the sums of all its tiles in registers: those of the
-    taps, in the order of ``weight``, and in the last row that of the bias.
+    taps, in the order of ``weight``, and in the last row that of the bias. Along the first image it writes down when
+    the path visits each token: ``steps`` (K, L), the inverse of ``paths``.
     """
     c, c_ok, k, first, walkers = _place(dim, num_paths, BLOCK)
     tiles_a_image = tl.cdiv(length, T)
@@ -152,6 +153,7 @@ def _conv_backward_kernel(
         if SILU:
             sig = sigmoid(out)
             grad = grad * sig * (1.0 + out * (1.0 - sig))
+        tl.store(steps + k * length + token, t, mask=tl.where(image == 0, token, -1) >= 0)
         step = tl.where(t < length, t, -1)
         store_rows(slope + (k * batch + image) * length * dim, step, dim.to(OFFSET), c, c_ok, grad)
         sum_bias += grad
@@ -178,10 +180,7 @@ def _conv_input_kernel(
     slope, weight, steps, dx, tiles, length, num_paths, dim, w_k,
     WIDTH: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of tokens in raster order: a token's gradient is a sum over the paths, in one program's registers.
-
-    ``steps`` (K, L) is the inverse of ``paths``: when each path visits a token.
-    """
+    """Tiles of tokens in raster order: a token's gradient is a sum over the paths, in one program's registers."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(dim, BLOCK)
     c = pid % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -202,11 +201,6 @@ def _conv_input_kernel(
             grad += tap[None, :] * load_rows(rows, step, dim.to(OFFSET), c, c_ok).to(tl.float32)
     token = tl.where(token < length, token, -1)
     store_rows(dx + image * length * dim, token, dim.to(OFFSET), c, c_ok, grad)
-
-
-def _inverse(paths: Tensor) -> Tensor:
-    order = torch.arange(paths.shape[1], dtype=torch.int32, device=paths.device).expand_as(paths)
-    return torch.empty_like(order, memory_format=torch.contiguous_format).scatter_(1, paths.long(), order)
 
 
 def _arguments(x, weight, bias, paths, silu) -> dict:
@@ -262,11 +256,12 @@ def causal_conv1d_backward(dy, x, weight, bias, paths, silu):
     blocks = triton.cdiv(dim, BLOCK)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     slope = x.new_empty(num_paths, *x.shape)
+    steps = torch.empty_like(paths, memory_format=torch.contiguous_format)
     walkers = _walkers(x, num_paths, _BACKWARD) if dy.numel() > 0 else 0
     # One sum a program, added up afterwards in a fixed order: equal bits every time, which atomics would not give.
     sums = x.new_empty(walkers, num_paths, width + 1, dim, dtype=torch.float32)
     given |= {
-        "dy": dy, "slope": slope, "sums": sums, "dx": dx,
+        "dy": dy, "slope": slope, "steps": steps, "sums": sums, "dx": dx,
         "dy_b": dy.stride(0), "dy_l": dy.stride(1), "dy_k": dy.stride(2),
         "ALIGN": alignment(given["ALIGN"], *dy.stride()[:-1]),
         "OFFSET": offset_type(given["length"], num_paths * dim, x.stride(1), dy.stride(1)),
@@ -275,7 +270,7 @@ def causal_conv1d_backward(dy, x, weight, bias, paths, silu):
         with on_device(x):
             programs = walkers * num_paths * blocks
             launch(_conv_backward_kernel, (programs,), given | _tiles(x, _BACKWARD), 4, _BACKWARD.registers)
-            given |= _tiles(x, _INPUT) | {"steps": _inverse(paths)}
+            given |= _tiles(x, _INPUT)
             launch(_conv_input_kernel, (given["tiles"] * blocks,), given, 4)
     sums = sums.sum(0)
     dweight = sums[:, :width].transpose(1, 2).contiguous().to(weight.dtype)
