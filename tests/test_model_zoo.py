@@ -81,6 +81,8 @@ def test_speed_is_the_fastest_row_of_the_size(tool, monkeypatch, tmp_path):
     monkeypatch.setattr(tool, "RESULTS", tmp_path)
     files = tool.measurements()
     assert list(files) == ["vim-cpu", "vim-h100"] and tool.speed(entry, files) == "H100 1,200 / –"
+    (tmp_path / "zoo-h100.json").write_text(json.dumps({"rows": [{**row, "what": "training", "images_per_s": 88.8}]}))
+    assert tool.speed(entry, tool.measurements()) == "H100 1,200 / 88.8"
 
 
 def test_agreement_is_read_from_the_tests(tool):

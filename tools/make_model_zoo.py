@@ -59,9 +59,9 @@ Made by `python tools/make_model_zoo.py`: do not edit it, but the models' config
 MEASURED = """\
 ## Measured here
 
-The last run of `python -m benchmarks.models` on each device; of its rows at the model's input size the fastest batch
-and mode, with bfloat16 autocast on a GPU, in float32 on a CPU. [benchmarks/README.md](benchmarks/README.md) has the
-peers beside them.
+The last runs of these programs on each device; of their rows at the model's input size the fastest batch and mode, with
+bfloat16 autocast on a GPU (mostly the eager kernels as one CUDA graph: the device's time without Python's), in float32
+on a CPU. [benchmarks/README.md](benchmarks/README.md) has the peers beside them.
 """
 
 
@@ -188,7 +188,7 @@ def agreement(family: str, origin: str) -> Agreement:
 
 
 def measurements() -> dict[str, dict[str, Any]]:
-    """The last results of each family and device: those of other names than FAMILY-DEVICE.json are older records.
+    """The last results of each program and device: those of other names than WHAT-DEVICE.json are older records.
 
     Other programs' results (of scenes, of several GPUs) have no rows of inference and training.
     """
@@ -201,20 +201,23 @@ def measurements() -> dict[str, dict[str, Any]]:
     return files
 
 
-def fastest(entry: Entry, what: str, results: dict[str, Any]) -> dict[str, Any] | None:
-    rows = (row for row in results["rows"] if (row.get("model"), row.get("what")) == (entry.name, what))
-    same_size = [row for row in rows if row["size"] == entry.cfg.input_size[-1]]
+def fastest(entry: Entry, what: str, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    found = (row for row in rows if (row.get("model"), row.get("what")) == (entry.name, what))
+    same_size = [row for row in found if row["size"] == entry.cfg.input_size[-1]]
     return max(same_size, key=lambda row: row["images_per_s"], default=None)
 
 
 def speed(entry: Entry, files: dict[str, dict[str, Any]]) -> str:
-    cells = []
+    rows: dict[str, list[dict[str, Any]]] = {}
     for stem, results in files.items():
-        found = [fastest(entry, what, results) for what in ("inference", "training")]
+        rows.setdefault(stem.rpartition("-")[2].upper(), []).extend(results["rows"])
+    cells = []
+    for device in rows:
+        found = [fastest(entry, what, rows[device]) for what in ("inference", "training")]
         if any(found):
             rates = [row["images_per_s"] if row else None for row in found]
             numbers = " / ".join("–" if r is None else f"{r:,.0f}" if r >= 100 else f"{r:.1f}" for r in rates)
-            cells.append(f"{stem.rpartition('-')[2].upper()} {numbers}")
+            cells.append(f"{device} {numbers}")
     return "; ".join(cells)
 
 

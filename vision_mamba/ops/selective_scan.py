@@ -122,9 +122,7 @@ def _check_steps(u: Tensor, delta: Tensor, weight: Tensor) -> None:
 
 def block_diagonal(weight: Tensor) -> Tensor:
     """(K, O, I) -> (K * O, K * I)."""
-    K = len(weight)
-    own = torch.eye(K, dtype=weight.dtype, device=weight.device)[:, None, :, None]
-    return (weight.unsqueeze(2) * own).flatten(2).flatten(0, 1)
+    return torch.diag_embed(weight.permute(1, 2, 0), dim1=0, dim2=2).flatten(2).flatten(0, 1)
 
 
 def path_products(x: Tensor, weight: Tensor) -> Tensor:
