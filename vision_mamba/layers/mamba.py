@@ -72,7 +72,8 @@ def shared_linear(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     own, over the largest tensors of a block.
 
     Args:
-        x: (..., D), under autocast in its dtype; the caller goes on with the first result in its place.
+        x: (..., D), under autocast in its dtype; the caller goes on with the first result in its place, in an
+            operator that gives it a gradient of its own (no plain sum, which hands one tensor to both).
         weight: (O, D).
 
     Returns:
