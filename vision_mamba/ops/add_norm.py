@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import derivative_needs_operator, load_backend, needs_operator, resolve_backend
+from .backend import derivative_needs_operator, form_for, load_backend, resolve_backend
 
 
 def add_norm(
@@ -71,7 +71,7 @@ def add_norm(
             x, residual, weight, bias, norm=norm, eps=eps, dtype=dtype, residual_dtype=residual_dtype
         )
         return normed, x if _alone(x, residual, residual_dtype) else total
-    run = torch.ops.vision_mamba.add_norm if needs_operator(x, residual, weight, bias) else _AddNorm.apply
+    run = form_for(torch.ops.vision_mamba.add_norm, _AddNorm.apply, _forward, x, residual, weight, bias)
     normed, total = run(x, residual, weight, bias, eps, norm == "rms", residual_dtype, chosen, dtype)
     return normed, x if _alone(x, residual, residual_dtype) else total
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -59,6 +60,18 @@ def needs_operator(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
     return any(t is not None and (type(t) not in (Tensor, Parameter) or t.is_meta) for t in tensors)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want a backward pass of what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def form_for(operator: Callable, function: Callable, plain: Callable, *tensors: Tensor | None) -> Callable:
+    """``operator`` where somebody has to see it, else ``function`` of autograd, or without gradients ``plain``."""
+    if needs_operator(*tensors):
+        return operator
+    return function if needs_gradient(*tensors) else plain
 
 
 def derivative_needs_operator(*tensors: Tensor | None) -> bool:

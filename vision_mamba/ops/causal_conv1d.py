@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import derivative_needs_operator, load_backend, needs_operator, resolve_backend
+from .backend import derivative_needs_operator, form_for, load_backend, resolve_backend
 from .selective_scan import canonical_paths
 
 
@@ -59,7 +59,7 @@ def causal_conv1d(
     if name == "reference":
         y = reference.causal_conv1d(x, weight, bias, activation=activation, paths=paths)
     else:
-        run = torch.ops.vision_mamba.causal_conv1d if needs_operator(x, weight, bias) else _Conv.apply
+        run = form_for(torch.ops.vision_mamba.causal_conv1d, _Conv.apply, _forward, x, weight, bias)
         y = run(x, weight, bias, paths, activation == "silu", name)
     return y if has_paths else y.squeeze(2)
 

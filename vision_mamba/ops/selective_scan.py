@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference
-from .backend import derivative_needs_operator, load_backend, needs_operator, resolve_backend
+from .backend import derivative_needs_operator, load_backend, needs_gradient, needs_operator, resolve_backend
 
 
 def selective_scan(
@@ -92,7 +92,7 @@ def selective_scan(
         )  # fmt: skip
     else:
         tensors = (u4, delta4, A, B, C, D, z, delta_bias, initial_state, delta_weight)
-        save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        save_states = needs_gradient(*tensors)
         options = (delta_softplus, merge == "sum", save_states, name)
         inputs = (u4, delta4, A, B, C, D, z, delta_bias, paths4, initial_state, *options)
         if needs_operator(*tensors):
