@@ -75,7 +75,7 @@ def _conv_forward_kernel(
     c, c_ok, k, first, walkers = _place(dim, num_paths, BLOCK)
     tiles_a_image = tl.cdiv(length, T)
     x_l = (x_l // ALIGN).to(OFFSET) * ALIGN
-    y_l = (num_paths * dim).to(OFFSET)
+    y_l = tl.cast(num_paths * dim, OFFSET)
     path = paths + k * paths_k
     shift = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
@@ -155,7 +155,7 @@ def _conv_backward_kernel(
             grad = grad * sig * (1.0 + out * (1.0 - sig))
         tl.store(steps + k * length + token, t, mask=tl.where(image == 0, token, -1) >= 0)
         step = tl.where(t < length, t, -1)
-        store_rows(slope + (k * batch + image) * length * dim, step, dim.to(OFFSET), c, c_ok, grad)
+        store_rows(slope + (k * batch + image) * length * dim, step, tl.cast(dim, OFFSET), c, c_ok, grad)
         sum_bias += grad
         sum0 += grad * read0
         if WIDTH > 1:
@@ -198,9 +198,9 @@ def _conv_input_kernel(
         for ahead in tl.static_range(WIDTH):
             tap = _tap(weight, k, w_k, ahead, dim, c, c_ok, WIDTH)
             step = tl.where(t + ahead < length, t + ahead, -1)
-            grad += tap[None, :] * load_rows(rows, step, dim.to(OFFSET), c, c_ok).to(tl.float32)
+            grad += tap[None, :] * load_rows(rows, step, tl.cast(dim, OFFSET), c, c_ok).to(tl.float32)
     token = tl.where(token < length, token, -1)
-    store_rows(dx + image * length * dim, token, dim.to(OFFSET), c, c_ok, grad)
+    store_rows(dx + image * length * dim, token, tl.cast(dim, OFFSET), c, c_ok, grad)
 
 
 def _arguments(x, weight, bias, paths, silu) -> dict:
