@@ -51,7 +51,7 @@ class RSMamba(PlainModel):
     """RSMamba (Chen et al. 2024, section III), as an ordinary timm model.
 
     The random path is another permutation for each block. In training it is drawn anew for every forward pass
-    from torch's default CPU generator, as in the paper. In evaluation it is a fixed function of ``shuffle_seed``,
+    from the default generator of the images' device, as in the paper. In evaluation it is a fixed function of ``shuffle_seed``,
     the block and the number of tokens, so that equal images get equal scores; the official code draws there too.
 
     Args:
