@@ -51,8 +51,9 @@ class RSMamba(PlainModel):
     """RSMamba (Chen et al. 2024, section III), as an ordinary timm model.
 
     The random path is another permutation for each block. In training it is drawn anew for every forward pass
-    from the default generator of the images' device, as in the paper. In evaluation it is a fixed function of ``shuffle_seed``,
-    the block and the number of tokens, so that equal images get equal scores; the official code draws there too.
+    from the default generator of the images' device, as in the paper. In evaluation it is a fixed function of
+    ``shuffle_seed``, the block and the number of tokens, so that equal images get equal scores; the official code draws
+    there too.
 
     Args:
         img_size: side, or (height, width), in pixels; any.
