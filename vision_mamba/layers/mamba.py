@@ -100,9 +100,10 @@ def scan_inputs(x: Tensor, weight: Tensor, d_state: int) -> tuple[Tensor, Tensor
         return x, dt, B, C
     if x.ndim == 4:
         weight = block_diagonal(weight).unflatten(0, (K, -1))
-    # All paths' step sizes first, then all B, then all C: each is a slice whose rows start aligned.
-    edges = ((0, rank), (rank, rank + d_state), (rank + d_state, rank + 2 * d_state))
-    rows = torch.cat([matrix[start:end] for start, end in edges for matrix in weight])
+    # All paths' step sizes first, then all B, then all C: each is a slice whose rows start aligned. Cut in one call,
+    # so that the gradient is one launch too; slices one by one have eight a path.
+    pieces = weight.flatten(0, 1).split((rank, d_state, d_state) * K)
+    rows = torch.cat([pieces[3 * k + part] for part in range(3) for k in range(K)])
     shared, product = shared_linear(x.flatten(2), rows)
     parts = product.split((K * rank, K * d_state, K * d_state), dim=-1)
     dt, B, C = (part.unflatten(-1, (K, -1)) for part in parts)
