@@ -12,23 +12,27 @@ it has there; of training only one step at batch 1, as that takes minutes), and 
 agree with its logits; where it cannot run, out of memory for example, its row says so. ``graph`` replays the eager
 kernels as one CUDA graph: what the device takes, without Python. ``checkpointed`` is eager training with gradient
 checkpointing. Memory (not of graphs) is the peak beyond weights (and gradients, after one step) and input.
+Results go to results/FAMILY-DEVICE.json; results/models-DEVICE.json has all families', each model beside each peer.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import vision_mamba
 from benchmarks import official_rsmamba, official_vim, official_vmamba
-from benchmarks.report import write_results
+from benchmarks.report import RESULTS, short_name, write_json, write_results
 from vision_mamba.engine.benchmark import Bench, measure
 from vision_mamba.engine.build import create_any_size
 
@@ -69,6 +73,34 @@ FAMILIES = {
     "samba": Family("samba", ("swin_tiny_patch4_window7_224",), None, ((512, 16),)),
 }
 CPU_ROWS = ((224, 1), (224, 8))
+
+
+def with_peers(device: str, results: Path = RESULTS) -> dict[str, Any]:
+    """The last results of all families on a device (``"h100"``), a row for each of our models and each peer of it.
+
+    ``run`` says how the passes were started: eager, compiled, graph or checkpointed. Each row has the commit, command
+    and date of its family's file; ``error`` is why a peer has no figure.
+    """
+    rows, last = [], {}
+    for name, family in FAMILIES.items():
+        path = results / f"{name}-{device}.json"
+        report = json.loads(path.read_text()) if path.exists() else {"rows": ()}
+        keys = ("what", "size", "batch", "mode")
+        for key, found in groupby(report["rows"], key=lambda row: tuple(row[k] for k in keys)):
+            what, size, batch, mode = key
+            ours, *peers = sorted(found, key=lambda row: row["model"] != family.ours)
+            for peer in peers:
+                rows.append({
+                    "model": family.ours, "img_size": size, "batch": batch, "mode": what,
+                    "compiled": mode == "compiled", "run": mode,
+                    "images_per_s": ours["images_per_s"], "peak_mib": ours["mib"],
+                    "peer": peer["model"], "peer_images_per_s": peer.get("images_per_s"),
+                    "peer_peak_mib": peer.get("mib"), "error": peer.get("error"),
+                    **{k: report[k] for k in ("commit", "command", "date")},
+                })  # fmt: skip
+        if report["rows"] and report["date"] >= last.get("date", ""):
+            last = {k: report.get(k) for k in ("device", "torch", "triton", "timm", "commit", "command", "date")}
+    return {**last, "rows": rows}
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -154,6 +186,9 @@ def main() -> None:
                     )
         del models
     write_results(args.family, device, "python -m benchmarks.models", args.out, rows=results)
+    if args.out is None:
+        short = short_name(device)
+        write_json(RESULTS / f"models-{short}.json", with_peers(short))
 
 
 if __name__ == "__main__":

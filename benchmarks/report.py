@@ -6,6 +6,7 @@ import datetime
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ import torch
 from vision_mamba.engine.benchmark import device_name
 from vision_mamba.engine.checkpoint import versions
 from vision_mamba.files import replacing
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def short_name(device: torch.device) -> str:
+    """The device in the names of files, such as ``h100`` or ``cpu``."""
+    return device_name(device).split()[1].lower() if device.type == "cuda" else "cpu"
 
 
 def write_results(name: str, device: torch.device, start: str, out: Path | None, **found: Any) -> None:
@@ -24,18 +32,21 @@ def write_results(name: str, device: torch.device, start: str, out: Path | None,
         start: how the program is started, before its arguments.
         found: what was measured, and what else must be known to measure it again.
     """
-    gpu_or_cpu = device_name(device)
-    short = gpu_or_cpu.split()[1].lower() if device.type == "cuda" else "cpu"
-    out = out or Path(__file__).parent / "results" / f"{name}-{short}.json"
+    out = out or RESULTS / f"{name}-{short_name(device)}.json"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     report = {
-        "device": gpu_or_cpu,
+        "device": device_name(device),
         **versions(),
+        "triton": metadata.version("triton") if device.type == "cuda" else None,
         "commit": commit.stdout.strip() or "unknown",
         "command": " ".join([start, *(argument.rsplit("/", 1)[-1] for argument in sys.argv[1:])]),
         "date": datetime.date.today().isoformat(),
         **found,
     }
-    with replacing(out) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(out, report)
     print(f"wrote {out}")
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")

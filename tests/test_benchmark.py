@@ -149,3 +149,27 @@ def test_two_processes_beside_one(tmp_path):
     (row,) = json.loads(out.read_text())["rows"]
     assert row["processes"] == 2 and row["one_images_per_s"] > 0 and row["all_images_per_s"] > 0
     assert f"{row['all_images_per_s'] / row['one_images_per_s']:.2f}x" in done.stdout
+
+
+def test_models_beside_each_peer(tmp_path):
+    """A row for each of our models and each peer; what is committed is what the families' files give."""
+    from benchmarks import models
+    common = {"what": "training", "size": 224, "batch": 8, "mode": "compiled"}
+    rows = [
+        {**common, "model": "official", "error": "out of memory"},
+        {**common, "model": "rsmamba_base", "images_per_s": 5.0, "mib": 7.0},
+        {**common, "model": "deit_tiny_patch16_224", "images_per_s": 6.0, "mib": 8.0},
+    ]
+    report = {"device": "X", "torch": "2", "commit": "c", "command": "run", "date": "2026-01-02", "rows": rows}
+    (tmp_path / "rsmamba-x1.json").write_text(json.dumps(report))
+    (tmp_path / "vim-x1.json").write_text(json.dumps({**report, "date": "2026-01-01", "torch": "1", "rows": []}))
+    found = models.with_peers("x1", tmp_path)
+    assert (found["device"], found["torch"], found["date"]) == ("X", "2", "2026-01-02")
+    ours = {"model": "rsmamba_base", "img_size": 224, "batch": 8, "mode": "training", "compiled": True}
+    assert [row["peer"] for row in found["rows"]] == ["official", "deit_tiny_patch16_224"]
+    assert all(ours.items() <= row.items() and row["images_per_s"] == 5.0 for row in found["rows"])
+    assert found["rows"][0]["error"] == "out of memory" and found["rows"][0]["peer_images_per_s"] is None
+    assert (found["rows"][1]["peer_images_per_s"], found["rows"][1]["peer_peak_mib"]) == (6.0, 8.0)
+    for device in ("h100", "cpu"):
+        recorded = json.loads((models.RESULTS / f"models-{device}.json").read_text())
+        assert recorded == models.with_peers(device), f"models-{device}.json is stale"

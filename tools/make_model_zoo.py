@@ -194,7 +194,7 @@ def measurements() -> dict[str, dict[str, Any]]:
     """
     files = {}
     for path in sorted(RESULTS.glob("*.json")):
-        if re.fullmatch(r"[a-z0-9]+-[a-z0-9]+", path.stem):
+        if re.fullmatch(r"[a-z0-9_]+-[a-z0-9]+", path.stem):
             results = json.loads(path.read_text())
             if any("what" in row for row in results.get("rows", ())):
                 files[path.stem] = results
