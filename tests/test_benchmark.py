@@ -154,6 +154,7 @@ def test_two_processes_beside_one(tmp_path):
 def test_models_beside_each_peer(tmp_path):
     """A row for each of our models and each peer; what is committed is what the families' files give."""
     from benchmarks import models
+
     common = {"what": "training", "size": 224, "batch": 8, "mode": "compiled"}
     rows = [
         {**common, "model": "official", "error": "out of memory"},

@@ -93,7 +93,7 @@ def add_norm_backward(dnormed, dsum, total, weight, bias, eps, rms, dtypes):
     dweight = torch.empty(tasks, dim, dtype=dtype)
     dbias = torch.empty(0 if bias is None else tasks, dim, dtype=dtype)
     run_tasks(
-        _backward, tasks, *_rows(dnormed, dim, dtype), *_rows(dsum, dim, dtype), rows.numpy(),
+        _backward, tasks, 0.7 * rows.numel(), *_rows(dnormed, dim, dtype), *_rows(dsum, dim, dtype), rows.numpy(),
         weight.detach().to(dtype).contiguous().numpy(), eps, rms, grad.numpy(), dweight.numpy(), dbias.numpy(),
     )  # fmt: skip
     grad = grad.view(total.shape)

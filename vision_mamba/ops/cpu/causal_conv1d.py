@@ -103,7 +103,8 @@ def causal_conv1d_forward(x, weight, bias, paths, silu) -> torch.Tensor:
     y = torch.empty(x.shape[0], x.shape[1], weight.shape[0], x.shape[2], dtype=dtype)
     paths = check_paths(paths)
     run_tasks(
-        _forward, x.shape[0] * paths.shape[0], array, strides, weight_array, bias_array, paths, silu, y.numpy()
+        _forward, x.shape[0] * paths.shape[0], 1.0 * y.numel(), array, strides, weight_array, bias_array, paths, silu,
+        y.numpy(),
     )  # fmt: skip
     return y.to(x.dtype)
 
@@ -116,7 +117,7 @@ def causal_conv1d_backward(dy, x, weight, bias, paths, silu):
     dweight = torch.zeros(x.shape[0], *weight_array.shape, dtype=dtype)
     dbias = torch.zeros(x.shape[0], *bias_array.shape, dtype=dtype)
     run_tasks(
-        _backward, x.shape[0], array, strides, weight_array, bias_array, check_paths(paths), silu,
+        _backward, x.shape[0], 1.7 * dy.numel(), array, strides, weight_array, bias_array, check_paths(paths), silu,
         dy_array, dy_strides[:3], dx.numpy(), dweight.numpy(), dbias.numpy(),
     )  # fmt: skip
     return (

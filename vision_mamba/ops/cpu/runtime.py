@@ -172,12 +172,20 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="vision_mamba")
 
 
-def run_tasks(kernel: Callable, num_tasks: int, *args) -> None:
-    """Call ``kernel(start, stop, *args)`` over ``range(num_tasks)`` on ``torch.get_num_threads()`` threads.
+# A second thread gets its part some 80 us after the first: it waits for Python's lock, as long as it takes to unpack a
+# kernel's arguments.
+_WORTH = 150_000
+
+
+def run_tasks(kernel: Callable, num_tasks: int, nanoseconds: float, *args) -> None:
+    """Call ``kernel(start, stop, *args)`` over ``range(num_tasks)`` on up to ``torch.get_num_threads()`` threads.
 
     The kernels release the GIL. Several Python threads may call at once, which numba's own layer does not allow.
+
+    Args:
+        nanoseconds: about what one thread takes for all of it; short work is not shared out.
     """
-    threads = min(torch.get_num_threads(), num_tasks)
+    threads = min(torch.get_num_threads(), num_tasks, max(int(nanoseconds / _WORTH), 1))
     if threads <= 1:
         kernel(0, num_tasks, *args)
         return

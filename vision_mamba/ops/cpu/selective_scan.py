@@ -320,8 +320,10 @@ def selective_scan_forward(
         initial = torch.empty(0, 0, 0, 0, dtype=dtype)
     else:
         initial = initial_state.detach().to(dtype).transpose(2, 3).contiguous()
+    steps = batch * length * num_paths * dim
     run_tasks(
-        _forward, batch * blocks, sizes, *x["u"], *x["delta"], weight.numpy(), x["A"], *x["B"], *x["C"], x["D"],
+        _forward, batch * blocks, (1.5 + 0.35 * num_states) * steps, sizes,
+        *x["u"], *x["delta"], weight.numpy(), x["A"], *x["B"], *x["C"], x["D"],
         *x["z"], x["bias"], initial.numpy(), x["paths"], delta_softplus, merge,
         y.numpy(), last_state.numpy(), states.numpy(),
     )  # fmt: skip
@@ -356,7 +358,8 @@ def selective_scan_backward(
     else:
         dlast = dlast_state.to(dtype).contiguous()
     run_tasks(
-        _backward, batch * blocks, sizes, *x["u"], *x["delta"], x["A"], *x["B"], *x["C"], x["D"], *x["z"],
+        _backward, batch * blocks, (5.5 + 0.65 * num_states) * delta.numel(), sizes,
+        *x["u"], *x["delta"], x["A"], *x["B"], *x["C"], x["D"], *x["z"],
         x["bias"], x["paths"], states.numpy(), delta_softplus, merge, dy_array, dy_strides[:3],
         dlast.numpy(), u.shape[2] < num_paths, z is not None and z.shape[2] < num_paths,
         du.numpy(), ddelta.numpy(), dA.numpy(), dB.numpy(), dC.numpy(), dD.numpy(), dz.numpy(),

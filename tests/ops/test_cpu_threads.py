@@ -1,0 +1,95 @@
+"""The CPU kernels on several threads: what one thread gives. Work as short as the tests' is not shared out otherwise."""
+
+import pytest
+import torch
+
+from tests.conftest import assert_close
+from vision_mamba.ops import add_norm, causal_conv1d, selective_scan
+from vision_mamba.ops.cpu import add_norm as norms
+from vision_mamba.ops.cpu import causal_conv1d as convolutions
+from vision_mamba.ops.cpu import runtime
+from vision_mamba.ops.cpu import selective_scan as scans
+
+
+@pytest.fixture
+def on_threads(monkeypatch):
+    """``on_threads(number, function)`` calls it on so many; the kernels' parts that ran are in ``parts``."""
+    parts = []
+
+    def counted(kernel, num_tasks, nanoseconds, *args):
+        def part(start, stop, *given):
+            parts.append((start, stop))
+            kernel(start, stop, *given)
+
+        runtime.run_tasks(part, num_tasks, nanoseconds, *args)
+
+    for module in (norms, convolutions, scans):
+        monkeypatch.setattr(module, "run_tasks", counted)
+
+    def call(number, function):
+        before = torch.get_num_threads()
+        parts.clear()
+        try:
+            torch.set_num_threads(number)
+            return function()
+        finally:
+            torch.set_num_threads(before)
+
+    call.parts = parts
+    return call
+
+
+def gradients(function, *tensors):
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad((y**2).sum(), leaves)]
+
+
+def scan():
+    g = torch.Generator().manual_seed(0)
+    u, delta = (torch.randn(3, 9, 2, 40, generator=g, dtype=torch.float64) for _ in range(2))
+    B, C = (torch.randn(3, 9, 2, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    A = -torch.rand(2, 40, 4, generator=g, dtype=torch.float64)
+    return gradients(
+        lambda u, delta, A, B, C: selective_scan(u, delta, A, B, C, delta_softplus=True), u, delta, A, B, C
+    )
+
+
+def convolution():
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((3, 9, 5), (2, 5, 4)))
+    return gradients(lambda x, weight: causal_conv1d(x, weight, activation="silu"), x, weight)
+
+
+def norm():
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((300, 5), (5,)))
+    return gradients(lambda x, weight: add_norm(x, None, weight)[0], x, weight)
+
+
+@pytest.mark.parametrize("compute", [scan, convolution, norm])
+@pytest.mark.parametrize("own_threads", [False, True])
+def test_shared_out_work_is_the_same(compute, own_threads, on_threads, monkeypatch):
+    if own_threads:  # where torch has no OpenMP of GNU's
+        monkeypatch.setattr(runtime, "_openmp", lambda: None)
+    alone = on_threads(3, compute)
+    assert all(start == 0 for start, _ in on_threads.parts)  # short work
+    monkeypatch.setattr(runtime, "_WORTH", 1)
+    shared = on_threads(3, compute)
+    assert any(start > 0 for start, _ in on_threads.parts)
+    for number, (a, b) in enumerate(zip(alone, shared, strict=True)):
+        assert_close(f"result {number}", b, a, 1e-13)
+
+
+def test_an_error_in_a_part_arrives(monkeypatch):
+    def kernel(start, stop):
+        if start:
+            raise RuntimeError("in the second part")
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(RuntimeError, match="in the second part"):
+            runtime.run_tasks(kernel, 2, 1e9)
+    finally:
+        torch.set_num_threads(before)
