@@ -55,7 +55,7 @@ def needs_operator(*tensors: Tensor | None) -> bool:
     That is a compiler, an exporter, a dispatch mode (such as the one that counts FLOPs), a tensor subclass or a
     tensor without memory (device meta). For all others an operator written in Python is a detour: it costs more than
     the launch of the kernel, and small models wait for Python as it is. They get the same functions as a
-    ``torch.autograd.Function``.
+    ``torch.autograd.Function``, or as they are where no gradient is wanted (:func:`form_for`).
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
