@@ -22,7 +22,7 @@ from vision_mamba.errors import UserError  # noqa: E402
 from vision_mamba.geo import Segmentor, segment_raster  # noqa: E402
 from vision_mamba.geo.products import decimated, pixel_areas  # noqa: E402
 from vision_mamba.geo.reader import SceneReader  # noqa: E402
-from vision_mamba.geo.windows import Grid, blend_rows, blend_weights, starts, weigh  # noqa: E402
+from vision_mamba.geo.windows import Grid, blend_rows, blend_weights, starts  # noqa: E402
 
 TOOL = Path(__file__).parents[2] / "tools" / "segment.py"
 UTM = rasterio.crs.CRS.from_epsg(32617)
@@ -92,13 +92,12 @@ def test_blending_is_the_weighted_mean(height, width, window, overlap, kind):
         total[:, y : y + h, x : x + w] += (score * weights)[:, :h, :w].double()
         weight[y : y + h, x : x + w] += weights[:h, :w].double()
     assert (weight > 0).all()
-    weighted = list(weigh(torch.stack(scores), weights))
-    blocks = list(blend_rows(grid, range(len(grid.tops)), weighted))
+    blocks = list(blend_rows(grid, range(len(grid.tops)), scores, weights))
     assert [top for top, _ in blocks] == grid.tops
     assert torch.allclose(torch.cat([b for _, b in blocks], 1).double(), total / weight, atol=1e-5)
     # From the middle on: everything that the rows asked for need.
     rows = grid.rows_for(height // 2, height)
-    later = list(blend_rows(grid, rows, weighted[rows.start * len(grid.lefts) :]))
+    later = list(blend_rows(grid, rows, scores[rows.start * len(grid.lefts) :], weights))
     again = torch.cat([b for _, b in later], 1)[:, height // 2 - later[0][0] :]
     assert torch.allclose(again.double(), (total / weight)[:, height // 2 :], atol=1e-5)
 
@@ -112,7 +111,7 @@ def test_blending_group_by_group_is_the_same(monkeypatch, overlap, panel):
 
     def blend(columns, **edges):
         mine = [scores[r, c] for r in range(len(grid.tops)) for c in columns]
-        blocks = blend_rows(grid, range(len(grid.tops)), weigh(torch.stack(mine), weights), columns=columns, **edges)
+        blocks = blend_rows(grid, range(len(grid.tops)), mine, weights, columns=columns, **edges)
         return torch.cat([block for _, block in blocks], 1)
 
     whole = blend(range(len(grid.lefts)))

@@ -25,6 +25,7 @@ from .models import Detector
 from .parts import Parts, Writer
 from .products import decimated
 from .reader import Batch, SceneReader, each_window, gdal_options
+from .stages import Stages
 from .windows import Grid
 
 
@@ -125,9 +126,10 @@ def detect_raster(
     ]  # fmt: skip
     try:
         with parts.progress(source, planned, progress and rank == 0) as bar, Writer() as writer:
-            for panel, rows in planned:
-                columns = grid.panels[panel]
-                with closing(each_window(reader, grid, columns, rows, batch_size, look, bar)) as windows:
+            boxes = [(grid.panels[panel], rows) for panel, rows in planned]
+            with closing(each_window(reader, grid, boxes, batch_size, look, bar, Stages())) as windows:
+                for panel, rows in planned:
+                    columns = grid.panels[panel]
                     for row in rows:
                         kept = []
                         for column in columns:

@@ -105,7 +105,8 @@ class Segmentor(SceneModel):
                 found = self._activate(logits)
                 total = found if total is None else total + found
         assert total is not None
-        return total / (len(views) * len(scales))
+        count = len(views) * len(scales)
+        return total / count if count > 1 else total
 
     def _activate(self, logits: Tensor) -> Tensor:
         if logits.shape[1] == 1 and len(self.classes) == 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +21,16 @@ from vision_mamba.files import replacing
 from .reader import SceneReader
 from .windows import Grid
 
+#: Jobs of a writer that wait: those of two batches or so. A GPU that has them all behind it has nothing left to do.
+_WAITING = 8
+THREADS = min(8, os.cpu_count() or 1)  # that compress
+
 
 class Writer:
-    """A thread that stores results in turn while the next are computed; used as a context."""
+    """Threads that store results while the next are computed; used as a context. One thread keeps their order."""
 
-    def __init__(self) -> None:
-        self._pool, self._waiting = ThreadPoolExecutor(1), list[Future]()
+    def __init__(self, threads: int = 1) -> None:
+        self._pool, self._waiting, self._most = ThreadPoolExecutor(threads), deque[Future](), max(_WAITING, threads + 1)
 
     def __enter__(self) -> Writer:
         return self
@@ -33,16 +38,19 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def submit(self, job: Callable[..., None], *args: Any) -> None:
-        """Jobs are done in order. More than two never wait: that bounds memory, and brings a full disk to light."""
-        self._waiting.append(self._pool.submit(job, *args))
-        while len(self._waiting) > 2:
-            self._waiting.pop(0).result()
+    def submit(self, job: Callable[..., None], *args: Any) -> Future:
+        """Jobs begin in order. Few ever wait (8, or as many as there are threads): that bounds memory, and brings a
+        full disk to light."""
+        future = self._pool.submit(job, *args)
+        self._waiting.append(future)
+        while len(self._waiting) > self._most:
+            self._waiting.popleft().result()
+        return future
 
     def finish(self) -> None:
         """Waits for the jobs, and raises what went wrong in one."""
         while self._waiting:
-            self._waiting.pop(0).result()
+            self._waiting.popleft().result()
 
 
 class Parts:
@@ -144,6 +152,11 @@ class Parts:
         # Two processes write what they share at the border of their rows, the same numbers under the same name.
         with replacing(path) as temporary:
             np.save(temporary, array)
+
+    def save_packed(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
+        """Alike, of several arrays."""
+        with replacing(path) as temporary:
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]  # numpy's types take a name for allow_pickle
 
     def close(self, rank: int = 0) -> None:
         """Removes the folder, when all processes have arrived."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,15 @@ from vision_mamba.data.rasters import load_rasterio
 from vision_mamba.errors import UserError
 from vision_mamba.files import replacing
 
+from .cog import NODATA, TILE, Overviews, compress, halved, make_template, sizes, write_cog
 from .models import Segmentor
+from .parts import THREADS
+from .reader import sampled
+from .stages import Stages
 
-NODATA = 255
-_QUICK_LOOK = 1600  # pixels of its longer side, at most
-_COLUMNS = 4096  # pixels of the scene's width that are read at once for it
+_COLUMNS = 4096  # pixels of the scene's width that are read at once for a picture
 _POLYGONS = 20_000  # written at once
+_SHOWN = 1050  # pixels of the longer side of a quick look's halves, at most
 
 
 @dataclass(frozen=True)
@@ -54,79 +60,117 @@ class SceneFiles:
         return [path for path in found if path is not None]
 
 
+@dataclass(frozen=True)
+class Map:
+    """A map of a scene: the file, which of the planes it holds, and whether these are numbers (or else classes)."""
+
+    path: Path
+    planes: slice
+    numbers: bool
+
+
+def planned_maps(files: SceneFiles) -> list[Map]:
+    """The maps of a scene whose planes are class, confidence and then probabilities."""
+    found = (
+        (files.classes, slice(0, 1), False),
+        (files.confidence, slice(1, 2), True),
+        (files.probabilities, slice(2, None), True),
+    )
+    return [Map(path, planes, numbers) for path, planes, numbers in found if path is not None]
+
+
+def pack(planes: np.ndarray, maps: Sequence[Map]) -> dict[str, np.ndarray]:
+    """What :func:`write_products` makes the maps of, from some tiles of a row of them.
+
+    Args:
+        planes: uint8 (planes, rows, columns): class, confidence, then probabilities, NODATA where there is no data; of
+            whole tiles but at the scene's ends.
+        maps: what is made of them.
+
+    Returns:
+        "counts": (rows, 256) pixels a class; and of each map, by its number, the compressed tiles ("tiles0"), how long
+        each is ("sizes0"), and the pixels of the first overview ("half0").
+    """
+    rows = planes.shape[1]
+    keys = planes[0].astype(np.intp)
+    keys += 256 * np.arange(rows)[:, None]
+    found = {"counts": np.bincount(keys.ravel(), minlength=256 * rows).reshape(rows, 256).astype(np.int32)}
+    for i, item in enumerate(maps):
+        tiles = compress(planes[item.planes], item.numbers)
+        found[f"tiles{i}"] = np.frombuffer(b"".join(tiles), np.uint8)
+        found[f"sizes{i}"] = np.array([len(tile) for tile in tiles], np.int64)
+        found[f"half{i}"] = halved(planes[item.planes], item.numbers)
+    return found
+
+
 def write_products(
     files: SceneFiles,
     profile: dict[str, Any],
-    read: Callable[[], Iterator[tuple[int, int, np.ndarray]]],
+    packed: Callable[[int], list[Mapping[str, np.ndarray]]],
+    view: Callable[[], np.ndarray],
     segmentor: Segmentor,
+    stages: Stages,
     *,
+    source: str | os.PathLike,
     simplify: float,
     min_area: float,
-    source: str | os.PathLike,
 ) -> tuple[dict[str, int], dict[str, float] | None]:
     """Writes every result, each under a temporary name first.
 
     Args:
         profile: the scene's crs, transform, width and height.
-        read: gives the first row, the first column and the planes (class, confidence, then probabilities; NODATA
-            where there is no data), uint8 (planes, rows, columns), block by block: of 512 rows and a multiple of 512
-            columns but at the scene's ends, in row order.
-        source: the scene, for the picture.
+        packed: gives for the number of a row of tiles what :func:`pack` made of them, from the left to the right.
+        view: gives the scene for the picture, (3, rows, columns) float32, NaN where there is no data.
+        source: the scene's name, for errors.
 
     Returns:
         Pixels and hectares a class; hectares are None without a coordinate system.
-    """
-    classes = list(segmentor.classes)
-    palette = segmentor.colours()
-    rasterio = load_rasterio()
-    from rasterio.shutil import copy as rasterio_copy
 
+    Raises:
+        UserError: nothing but nodata.
+    """
+    classes, palette, maps = list(segmentor.classes), segmentor.colours(), planned_maps(files)
+    height, width = profile["height"], profile["width"]
     pixels, hectares = np.zeros(len(classes), np.int64), np.zeros(len(classes))
     areas = pixel_areas(profile)
-    wanted = {path: planes for path, planes in (
-        (files.classes, slice(0, 1)), (files.confidence, slice(1, 2)), (files.probabilities, slice(2, None)),
-    ) if path is not None}  # fmt: skip
-    plain = {path: files.work / path.name for path in wanted}
-    # Tiles in row order, each compressed once; GDAL's COG driver then adds overviews and puts them in place.
-    writers = {
-        path: rasterio.open(
-            plain[path], "w", driver="GTiff", dtype="uint8", nodata=NODATA, tiled=True, blockxsize=512, blockysize=512,
-            compress="deflate", zlevel=1, bigtiff="if_safer", count=len(classes) if planes.start == 2 else 1, **profile,
-        )
-        for path, planes in wanted.items()
-    }  # fmt: skip
-    try:
-        writers[files.classes].write_colormap(
-            1, {NODATA: (0, 0, 0, 0), **{i: (*rgb, 255) for i, rgb in enumerate(palette)}}
-        )
-        writers[files.classes].update_tags(**{f"CLASS_{i}": name for i, name in enumerate(classes)})
-        for top, left, planes in read():
-            box = rasterio.windows.Window(left, top, planes.shape[2], planes.shape[1])
-            for path, wanted_planes in wanted.items():
-                writers[path].write(planes[wanted_planes], window=box)
-            counts = np.stack([np.bincount(row, minlength=256)[: len(classes)] for row in planes[0]])
-            pixels += counts.sum(0)
-            if areas is not None:
-                hectares += areas[top : top + len(counts)] @ counts / 1e4
-        for path, planes in wanted.items():
-            if planes.start:
-                for band in writers[path].indexes:
-                    writers[path].set_band_description(band, classes[band - 1] if planes.start == 2 else "confidence")
-                writers[path].scales = (1 / 254,) * writers[path].count
-    finally:
-        for writer in writers.values():
-            writer.close()
-    if not pixels.sum():
-        raise UserError(f"{source} holds nothing but nodata: there is nothing to segment")
-    for path in wanted:  # one after the other: together they would be faster, and hold twice the memory
-        with replacing(path) as temporary:
-            rasterio_copy(
-                plain[path], temporary, driver="COG", compress="deflate", blocksize=512, bigtiff="if_safer",
-                overview_resampling="mode" if path == files.classes else "average", num_threads="all_cpus",
-            )  # fmt: skip
-        plain[path].unlink()
+    lengths = [0] * len(maps)
+    with ThreadPoolExecutor(THREADS) as pool, ExitStack() as stack:
+        with stages("overviews"):
+            overviews = [
+                stack.enter_context(closing(Overviews(height, width, item.numbers, files.work, i, pool)))
+                for i, item in enumerate(maps)
+            ]
+            for index in range(-(-height // TILE)):
+                pieces = packed(index)
+                counts = np.sum([piece["counts"] for piece in pieces], axis=0)[:, : len(classes)]
+                pixels += counts.sum(0)
+                if areas is not None:
+                    hectares += areas[index * TILE : index * TILE + len(counts)] @ counts / 1e4
+                for i, overview in enumerate(overviews):
+                    lengths[i] += sum(int(piece[f"sizes{i}"].sum()) for piece in pieces)
+                    overview.add(np.concatenate([piece[f"half{i}"] for piece in pieces], axis=2))
+        if not pixels.sum():
+            raise UserError(f"{source} holds nothing but nodata: there is nothing to segment")
+
+        def tiles(number: int) -> Iterator[memoryview]:
+            for index in range(-(-height // TILE)):
+                for piece in packed(index):
+                    data, begin = memoryview(piece[f"tiles{number}"]), 0
+                    for size in piece[f"sizes{number}"].tolist():
+                        yield data[begin : begin + size]
+                        begin += size
+
+        with stages("maps"):
+            for i, (item, overview) in enumerate(zip(maps, overviews, strict=True)):
+                template = files.work / f"template-{i}.tif"
+                count = len(classes) if item.path == files.probabilities else 1
+                make_template(template, profile, count, item.numbers, partial(_describe, files, item, classes, palette))
+                levels = [tiles(i), *(overview.tiles(level) for level in range(len(overview.sizes)))]
+                total = lengths[i] + sum(map(sum, overview.sizes))
+                with replacing(item.path) as temporary:
+                    write_cog(temporary, template, list(zip(sizes(height, width), levels, strict=True)), total)
     if files.polygons is not None:
-        with replacing(files.polygons) as temporary:
+        with stages("polygons"), replacing(files.polygons) as temporary:
             write_polygons(files.classes, temporary, classes, simplify=simplify, min_area=min_area)
     found_pixels = dict(zip(classes, pixels.tolist(), strict=True))
     found_hectares = None if areas is None else dict(zip(classes, hectares.tolist(), strict=True))
@@ -136,9 +180,20 @@ def write_products(
         for name, count in found_pixels.items():
             area = "" if found_hectares is None else f"{found_hectares[name]:.4f}"
             table.writerow([name, count, f"{count / pixels.sum():.6f}", area])
-    with replacing(files.picture) as temporary:
-        quick_look(source, files.classes, classes, palette, segmentor.bands, temporary)
+    with stages("picture"), replacing(files.picture) as temporary:
+        quick_look(stretched(view()), files.classes, classes, palette, temporary)
     return found_pixels, found_hectares
+
+
+def _describe(files: SceneFiles, item: Map, classes: Sequence[str], palette, file) -> None:
+    """Sets colours, names and scales of an open raster."""
+    if not item.numbers:
+        file.write_colormap(1, {NODATA: (0, 0, 0, 0), **{i: (*rgb, 255) for i, rgb in enumerate(palette)}})
+        file.update_tags(**{f"CLASS_{i}": name for i, name in enumerate(classes)})
+        return
+    for band in file.indexes:
+        file.set_band_description(band, classes[band - 1] if item.path == files.probabilities else "confidence")
+    file.scales = (1 / 254,) * file.count
 
 
 def pixel_areas(profile: dict[str, Any]) -> np.ndarray | None:
@@ -251,11 +306,10 @@ def decimated(scene, bands: Sequence[int] | None) -> np.ndarray:
     """
     from rasterio.windows import Window
 
-    factor = max(scene.width, scene.height, _QUICK_LOOK) / _QUICK_LOOK
-    size = (max(round(scene.height / factor), 1), max(round(scene.width / factor), 1))
+    size = tuple(map(len, sampled(scene.height, scene.width)))
     chosen = list(bands or range(1, min(scene.count, 3) + 1))[:3]
     chosen = chosen if len(chosen) == 3 else chosen[:1] * 3
-    image, valid = np.zeros((3, *size), np.float32), np.zeros(size, bool)
+    image = np.zeros((3, *size), np.float32)
     # Group by group of columns: a row of tiles of the whole width need not fit into GDAL's cache, and would be decoded
     # anew for each line of the picture.
     groups = min(-(-scene.width // _COLUMNS), size[1])
@@ -265,39 +319,50 @@ def decimated(scene, bands: Sequence[int] | None) -> np.ndarray:
         box = Window(begin, 0, end - begin, scene.height)
         shape = (3, size[0], columns.stop - columns.start)
         image[:, :, columns] = scene.read(chosen, window=box, out_shape=shape)
-        valid[:, columns] = (scene.read_masks(chosen, window=box, out_shape=shape) > 0).any(0)
+        valid = (scene.read_masks(chosen, window=box, out_shape=shape) > 0).any(0)
+        image[:, :, columns][:, ~valid] = np.nan
+    return stretched(image)
+
+
+def stretched(image: np.ndarray) -> np.ndarray:
+    """A picture (3, height, width) float32, stretched from the 2nd to the 98th percentile: (height, width, 3), 0 to 1,
+    and 0 where one of the three is not finite."""
     image = image.transpose(1, 2, 0)
-    valid &= np.isfinite(image).all(-1)
+    valid = np.isfinite(image).all(-1)
     if not valid.any():
         return np.zeros_like(image)
     low, high = np.percentile(image[valid], (2, 98), axis=0)
     return np.where(valid[..., None], np.nan_to_num((image - low) / np.maximum(high - low, 1e-6)).clip(0, 1), 0.0)
 
 
-def quick_look(source, class_map: Path, classes: Sequence[str], palette, bands, path: Path) -> None:
-    """A small picture: the scene, and the classes over it with a legend."""
+def quick_look(image: np.ndarray, class_map: Path, classes: Sequence[str], palette, path: Path) -> None:
+    """A small picture: the scene (height, width, 3) in 0..1, and the classes over it with a legend."""
     import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
 
-    matplotlib.use("agg")
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    rasterio = load_rasterio()
-    with rasterio.open(source) as scene:
-        image = decimated(scene, bands)
-    with rasterio.open(class_map) as found:
+    with load_rasterio().open(class_map) as found:
         numbers = found.read(1, out_shape=image.shape[:2])
-    size, valid = image.shape[:2], numbers != NODATA
+    valid = numbers != NODATA
     table = np.zeros((256, 3), np.float32)
     table[: len(palette)] = np.array(palette) / 255
     over = np.where(valid[..., None], (0.45 * image + 0.55 * table[numbers]).clip(0, 1), 0.0)
     image = np.where(valid[..., None], image, 0.0)
-    present = [i for i in range(len(classes)) if (numbers == i).any()]
-    wide = 7 * size[1] / max(size)
-    figure = Figure(figsize=(2 * wide + 2.2, max(7 * size[0] / max(size), 2.5)), layout="constrained", dpi=150)
-    for axes, picture in zip(figure.subplots(1, 2), (image, over), strict=True):
-        axes.imshow((255 * picture).round().astype(np.uint8))  # of floats matplotlib holds several copies in float64
-        axes.set_axis_off()
-    handles = [Patch(color=np.array(palette[i]) / 255, label=classes[i]) for i in present[:40]]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
-    figure.savefig(path, format="png")
+    present = np.flatnonzero(np.bincount(numbers.ravel(), minlength=256)[: len(classes)])[:40]
+
+    halves = [Image.fromarray((255 * picture).round().astype(np.uint8)) for picture in (image, over)]
+    for half in halves:
+        half.thumbnail((_SHOWN, _SHOWN), Image.Resampling.BILINEAR)
+    # The font's file alone: a figure takes longer to draw than a small scene to segment.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 22)
+    wide, line, gap = max((font.getlength(classes[i]) for i in present), default=0), 34, 20
+    (across, down), legend = halves[0].size, gap + line * len(present)
+    size = 2 * across + 4 * gap + 40 + math.ceil(wide), max(down + 2 * gap, legend + gap)
+    picture = Image.new("RGB", size, "white")
+    for i, half in enumerate(halves):
+        picture.paste(half, (gap + i * (across + gap), gap))
+    draw, x = ImageDraw.Draw(picture), 2 * across + 3 * gap
+    for i, number in enumerate(present):
+        y = gap + line * i
+        draw.rectangle((x, y, x + 28, y + 24), fill=palette[number])
+        draw.text((x + 38, y + 12), classes[number], fill="black", font=font, anchor="lm")
+    picture.save(path, format="PNG", compress_level=1)

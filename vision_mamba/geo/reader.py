@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -15,15 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from vision_mamba.data.rasters import load_rasterio
 from vision_mamba.errors import UserError
 
 from .models import SceneModel
+from .stages import Stages
 from .windows import Grid
 
 _READERS = min(8, os.cpu_count() or 1)  # threads that decode
+_PICTURE = 1600  # pixels of the longer side of a small picture of a scene, at most
 _CACHE = 40 * 2**20  # bytes of blocks that GDAL keeps: a panel's row of the file's tiles, and those that are written
 
 
@@ -41,27 +44,72 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
-class Batch(NamedTuple):
-    """Windows of a scene as they are stored.
+def to_host(tensor: Tensor) -> Callable[[], np.ndarray]:
+    """Begins a copy to the host without waiting for the device; what it returns waits for it, in any thread."""
+    if tensor.device.type != "cuda":
+        return tensor.contiguous().numpy
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
+
+
+def sampled(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and the columns of a scene that a small picture of it shows, at most 1600 a side."""
+    factor = max(height, width, _PICTURE) / _PICTURE
+    rows, columns = (
+        ((np.arange(count) + 0.5) * length / count).astype(int)
+        for length in (height, width)
+        for count in (max(round(length / factor), 1),)
+    )
+    return rows, columns
+
+
+class Row(NamedTuple):
+    """What is known of the pixel rows that a row of windows finishes, for the pixel columns of its group.
 
     Attributes:
-        values: (n, bands, window, window), the raster's type.
-        valid: where they are values, of the same shape; None if everywhere.
-        empty: (n,) whether a window holds nothing but nodata.
-        wanted: which of them were asked for.
+        valid: (rows, columns) where the scene has a value in one of the bands; None if everywhere.
+        view: (3, rows, columns) float32, the pixels among them that a small picture shows (see :func:`sampled`), NaN
+            where there is none.
     """
 
-    values: Tensor
-    valid: Tensor | None
+    valid: np.ndarray | None
+    view: np.ndarray
+
+
+class Batch(NamedTuple):
+    """Windows of a scene.
+
+    Attributes:
+        inputs: (n, bands, window, window) float32 on the model's device; see :meth:`SceneReader.normalised`.
+        copied: when ``inputs`` are there; None on a CPU.
+        empty: (n,) whether a window holds nothing but nodata.
+        wanted: which of them were asked for.
+        rows: the rows of windows that begin in this batch, by their number.
+    """
+
+    inputs: Tensor
+    copied: torch.cuda.Event | None
     empty: np.ndarray
     wanted: range
+    rows: dict[int, Row]
 
 
 class SceneReader:
     """Windows of the scene as the model's input; checks the raster when it is made."""
 
     def __init__(
-        self, source: str | os.PathLike, model: SceneModel, value_range: Sequence[float] | None = None
+        self,
+        source: str | os.PathLike,
+        model: SceneModel,
+        value_range: Sequence[float] | None = None,
+        stages: Stages | None = None,
     ) -> None:
         self.rasterio = load_rasterio()
         self.path = Path(source)
@@ -78,6 +126,11 @@ class SceneReader:
         self.mean, self.std = (
             torch.tensor(list(map(float, v)))[:, None, None].to(model.device) for v in (model.mean, model.std)
         )
+        self.device = self.mean.device  # with its number, which another thread would not know
+        # Windows are copied and normalised beside what the model computes.
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.sampled = sampled(self.height, self.width)
+        self._stages = stages or Stages()
 
     def _check(self, scene, value_range) -> None:
         model, path = self.model, self.path
@@ -103,6 +156,13 @@ class SceneReader:
         self.dtype = kinds.pop()
         if self.dtype.startswith("complex"):
             raise UserError(f"{path} holds complex numbers; a model reads real ones")
+        kinds = self.rasterio.enums.MaskFlags
+        flags = [scene.mask_flag_enums[band - 1] for band in self.bands]
+        # GDAL takes the fourth of four 8-bit bands for alpha, be it near infrared; only PNG has a real one.
+        real = [kinds.alpha not in f or bool(self.alpha) for f in flags]
+        self._masked = np.array([kinds.all_valid not in f and r for f, r in zip(flags, real, strict=True)])
+        self._floating = self.dtype.startswith("float")
+        self.may_lack_values = bool(self._masked.any()) or self._floating
         if value_range is None and model.eight_bit and self.dtype != "uint8":
             raise UserError(
                 f"{path} holds {self.dtype}, and the model was made for 8-bit images; say which values are black and "
@@ -117,10 +177,10 @@ class SceneReader:
         Batches are counted from the first window of the columns on, so a resumed run forms the same ones; a few
         windows outside of ``rows`` may complete the first and the last.
         """
-        tops, lefts, wide = grid.tops, grid.lefts, len(columns)
+        tops, lefts, wide = [*grid.tops, self.height], grid.lefts, len(columns)
         wanted = range(rows.start * wide, rows.stop * wide)
         first = wanted.start // batch_size * batch_size
-        last = min(-(-wanted.stop // batch_size) * batch_size, len(tops) * wide)
+        last = min(-(-wanted.stop // batch_size) * batch_size, len(grid.tops) * wide)
         right = min(lefts[columns[-1]] + grid.window, self.width)
         held: _Held | None = None
         with ExitStack() as stack:
@@ -128,52 +188,51 @@ class SceneReader:
             pool = stack.enter_context(ThreadPoolExecutor(_READERS))
             for begin in range(first, last, batch_size):
                 numbers = range(begin, min(begin + batch_size, last))
-                batch = None
+                shape = len(numbers), len(self.bands), grid.window, grid.window
+                with torch.cuda.stream(self._stream):  # not over a yield: the stream is the thread's, not ours
+                    inputs = torch.empty(shape, device=self.device)
+                empty, begun = np.zeros(len(numbers), bool), dict[int, Row]()
                 for i, number in enumerate(numbers):
-                    top, left = tops[number // wide], lefts[columns[number % wide]]
-                    if held is None or held.top != top:
-                        box = top, min(top + grid.window, self.height), lefts[columns[0]], right
-                        held = self._read(pool, scenes, held, *box)
-                    values, valid = held.window(left - lefts[columns[0]], grid.window)
-                    if batch is None:
-                        batch = self._batch(len(numbers), values, valid)
-                    batch.values[i].numpy()[:] = values
-                    if valid is not None and batch.valid is not None:
-                        batch.valid[i].numpy()[:] = valid
-                        batch.empty[i] = not valid.any()
-                assert batch is not None
+                    row, column = number // wide, columns[number % wide]
+                    left = lefts[column] - lefts[columns[0]]
+                    if held is None or held.top != tops[row]:
+                        box = tops[row], min(tops[row] + grid.window, self.height), lefts[columns[0]], right
+                        with self._stages("read"):
+                            held = self._read(pool, scenes, held, grid.window, *box)
+                    if number % wide == 0:
+                        begun[row] = held.finished(tops[row + 1], len(grid.pixels(columns)))
+                    with torch.cuda.stream(self._stream):
+                        inputs[i].copy_(held.inputs[:, :, left : left + grid.window])
+                    if held.valid is not None:
+                        empty[i] = not held.valid[:, left : left + grid.window].any()
+                copied = None
+                if self._stream is not None:
+                    copied = torch.cuda.Event()
+                    copied.record(self._stream)
                 inside = [i for i, number in enumerate(numbers) if number in wanted]
-                yield batch._replace(wanted=range(inside[0], inside[-1] + 1))
+                yield Batch(inputs, copied, empty, range(inside[0], inside[-1] + 1), begun)
 
-    def _batch(self, count: int, values: np.ndarray, valid: np.ndarray | None) -> Batch:
-        """Room for ``count`` windows like the given one."""
-        # Pinned, a batch is copied to the GPU while the one before is computed.
-        pinned = torch.device(self.model.device).type == "cuda"
-        dtype = torch.from_numpy(np.empty(0, values.dtype)).dtype
-        return Batch(
-            torch.empty(count, *values.shape, dtype=dtype, pin_memory=pinned),
-            None if valid is None else torch.empty(count, *valid.shape, dtype=torch.bool, pin_memory=pinned),
-            np.zeros(count, bool),
-            range(0),
-        )
-
-    def _read(self, pool: Executor, scenes: Sequence[Any], held: _Held | None, top, bottom, left, right) -> _Held:
-        """The rows from ``top`` to ``bottom``, those that ``held`` has taken from there."""
+    def _read(self, pool: Executor, scenes: Sequence[Any], held: _Held | None, window, top, bottom, left, right):
+        """The rows from ``top`` to ``bottom``, as :class:`_Held`; those that ``held`` has are taken from there."""
         begin = max(held.bottom, top) if held else top
-        values = np.empty((len(self.bands), bottom - top, right - left), self.dtype)
-        valid: np.ndarray | None = np.empty(values.shape, bool)
+        dtype = torch.from_numpy(np.empty(0, self.dtype)).dtype
+        shape, pinned = (len(self.bands), bottom - begin, right - left), self._stream is not None
+        # As they are stored, and pinned: few bytes for the GPU, and no wait for it.
+        values = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        valid = torch.empty(shape, dtype=torch.bool, pin_memory=pinned) if self.may_lack_values else None
+        some = np.empty(shape[1:], bool) if self.may_lack_values else None
 
-        def read(scene, box) -> bool:
-            """Reads a piece; whether it may lack values."""
+        def read(scene, box) -> None:
             rows, columns = (slice(o - s, o - s + n) for o, s, n in zip(
-                (box.row_off, box.col_off), (top, left), (box.height, box.width), strict=True
+                (box.row_off, box.col_off), (begin, left), (box.height, box.width), strict=True
             ))  # fmt: skip
-            piece = scene.read(self.bands, window=box)
-            values[:, rows, columns] = piece
-            where = self.valid(scene, box, piece)
-            if where is not None:
-                valid[:, rows, columns] = where
-            return where is not None
+            piece = values.numpy()[:, rows, columns]
+            scene.read(self.bands, window=box, out=piece)
+            if valid is not None and some is not None:
+                valid.numpy()[:, rows, columns] = where = self._valid(scene, box, piece)
+                some[rows, columns] = where.any(0)
+                if self.alpha:
+                    some[rows, columns] &= scene.read(self.alpha, window=box) > 0
 
         # A file of strips is cut into rows, one of tiles into columns: no block is decoded twice.
         high, wide = scenes[0].block_shapes[0]
@@ -182,73 +241,87 @@ class SceneReader:
         else:
             pieces = [(a, b, left, right) for a, b in _shares(begin, bottom, high, len(scenes))]
         boxes = [self.rasterio.windows.Window(x, y, xx - x, yy - y) for y, yy, x, xx in pieces]
-        masked = list(pool.map(read, scenes, boxes))
-        if not any(masked):
-            valid = None
+        list(pool.map(read, scenes, boxes))
+
+        with torch.cuda.stream(self._stream):
+            inputs = to_device(values, self.device).to(torch.float32, copy=True)
+            inputs.sub_(self.offset).mul_(self.scale).sub_(self.mean).div_(self.std)
+            if valid is not None:
+                inputs.masked_fill_(~to_device(valid, self.device), 0.0)
+            if values.is_floating_point():
+                inputs.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            # Where the scene ends within the first window, its last pixels are repeated.
+            short = max(left + window - right, 0), max(top + window - bottom, 0)
+            if any(short):
+                inputs = F.pad(inputs[None], (0, short[0], 0, short[1]), mode="replicate")[0]
+            if held and begin > top:
+                inputs = torch.cat([held.inputs[:, top - held.top : held.bottom - held.top], inputs], dim=1)
+        view = self._view(values.numpy(), some, begin, left)
         if held and begin > top:
-            values[:, : begin - top] = held.values[:, top - held.top :]
-            if valid is not None and held.valid is not None:
-                valid[:, : begin - top] = held.valid[:, top - held.top :]
-        return _Held(top, values, valid)
+            some = None if some is None else np.concatenate([held.valid[top - held.top :], some])
+            view = {**{row: line for row, line in held.view.items() if row >= top}, **view}
+        return _Held(top, bottom, inputs, some, view, self.sampled[1][self.sampled[1] >= left] - left)
+
+    def _view(self, values: np.ndarray, valid: np.ndarray | None, top: int, left: int) -> dict[int, np.ndarray]:
+        """What a small picture shows of values that begin at (``top``, ``left``): (3, columns) float32 a sampled row,
+        NaN where there is none."""
+        bands = range(3) if len(values) >= 3 else (0, 0, 0)
+        rows, columns = (
+            at[(at >= begin) & (at < begin + length)] - begin
+            for at, begin, length in zip(self.sampled, (top, left), values.shape[1:], strict=True)
+        )
+        found = values[np.ix_(bands, rows, columns)].astype(np.float32)
+        if valid is not None:
+            found[:, ~valid[np.ix_(rows, columns)]] = np.nan
+        return {int(row) + top: found[:, i] for i, row in enumerate(rows)}
 
     def normalised(self, batch: Batch) -> Tensor:
-        """The model's input on its device, (n, bands, window, window) float32; the mean where there is no value."""
-        device = self.model.device
-        x = to_device(batch.values, device).to(torch.float32, copy=True)
-        x = x.sub_(self.offset).mul_(self.scale).sub_(self.mean).div_(self.std)
-        if batch.valid is not None:
-            x.masked_fill_(~to_device(batch.valid, device), 0.0)
-        return x.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0) if batch.values.is_floating_point() else x
+        """The model's input on its device, (n, bands, window, window) float32; the mean where there is no value.
 
-    def valid(self, scene, box, values: np.ndarray | None = None) -> np.ndarray | None:
-        """(bands, h, w): where the scene has a value; None if it has one everywhere. ``values`` are what it has, if
-        they have been read."""
-        kinds = self.rasterio.enums.MaskFlags
-        flags = [scene.mask_flag_enums[band - 1] for band in self.bands]
-        # GDAL takes the fourth of four 8-bit bands for alpha, be it near infrared; only PNG has a real one.
-        masked = np.array([kinds.all_valid not in f and (kinds.alpha not in f or bool(self.alpha)) for f in flags])
-        floating = self.dtype.startswith("float")
-        if not masked.any() and not floating:
-            return None
+        What this thread computes next waits for it, this thread does not.
+        """
+        if batch.copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(batch.copied)
+            batch.inputs.record_stream(stream)  # its memory was given out on the other stream
+        return batch.inputs
+
+    def _valid(self, scene, box, values: np.ndarray) -> np.ndarray:
+        """(bands, h, w): where the scene has a value."""
         valid = scene.read_masks(self.bands, window=box) > 0
-        valid[~masked] = True
+        valid[~self._masked] = True
         if self.dtype == "uint8":  # every value may be a real one: a pixel has no data where no band has any
             valid[:] = valid.any(0)
-        if floating:
-            valid &= np.isfinite(scene.read(self.bands, window=box) if values is None else values)
+        if self._floating:
+            valid &= np.isfinite(values)
         return valid
-
-    def any_valid(self, box) -> np.ndarray | None:
-        """(h, w): where the scene has a value in one of the bands; None if it has one everywhere."""
-        with self.rasterio.open(self.path) as scene:
-            valid = self.valid(scene, box)
-            if valid is None:
-                return None
-            some = valid.any(0)
-            return some & (scene.read(self.alpha, window=box) > 0) if self.alpha else some
 
 
 @dataclass(frozen=True)
 class _Held:
-    """Rows of a panel from ``top`` on, as stored: each is read once, though overlapping windows take it."""
+    """Pixel rows of a group of window columns, each read once, though overlapping windows take it.
+
+    Attributes:
+        top, bottom: pixel rows of the scene.
+        inputs: (bands, rows, columns) float32 on the model's device, normalised; at least as large as a window.
+        valid: (rows, columns) where there is a value in one of the bands; None if everywhere.
+        view: of the rows that a small picture shows, the pixels that it shows, (3, columns there) float32.
+        columns: which columns these are.
+    """
 
     top: int
-    values: np.ndarray
+    bottom: int
+    inputs: Tensor
     valid: np.ndarray | None
+    view: dict[int, np.ndarray]
+    columns: np.ndarray
 
-    @property
-    def bottom(self) -> int:
-        return self.top + self.values.shape[1]
-
-    def window(self, left: int, side: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Values and validity of a window, (bands, side, side); at the end of a small scene the last are repeated."""
-
-        def cut(plane: np.ndarray) -> np.ndarray:
-            plane = plane[:, :side, left : left + side]
-            short = [(0, 0), (0, side - plane.shape[1]), (0, side - plane.shape[2])]
-            return np.pad(plane, short, mode="edge") if plane.shape[1:] != (side, side) else plane
-
-        return cut(self.values), None if self.valid is None else cut(self.valid)
+    def finished(self, bottom: int, width: int) -> Row:
+        """The first ``width`` columns of the rows above ``bottom``."""
+        lines = [line for row, line in self.view.items() if row < bottom]
+        count = int((self.columns < width).sum())
+        view = np.stack(lines, axis=1)[:, :, :count] if lines else np.zeros((3, 0, count), np.float32)
+        return Row(None if self.valid is None else self.valid[: bottom - self.top, :width], view)
 
 
 def _shares(begin: int, end: int, block: int, count: int) -> list[tuple[int, int]]:
@@ -262,15 +335,27 @@ def _shares(begin: int, end: int, block: int, count: int) -> list[tuple[int, int
 def each_window(
     reader: SceneReader,
     grid: Grid,
-    columns: range,
-    rows: range,
+    planned: Iterable[tuple[range, range]],
     batch_size: int,
     look: Callable[[Batch], Any],
     bar: tqdm,
+    stages: Stages,
 ) -> Generator[Any, None, None]:
-    """What ``look`` (an item a window of its batch) finds in each window of ``rows``; reading goes ahead of it."""
-    with closing(ahead(reader.batches(grid, columns, rows, batch_size), 2)) as batches:
-        for batch in batches:
+    """What ``look`` (an item a window of its batch) finds in each window of each (columns, rows) of ``planned``.
+
+    Reading goes ahead of it, from one group of columns to the next as well.
+    """
+
+    def read() -> Generator[Batch, None, None]:
+        for columns, rows in planned:
+            yield from reader.batches(grid, columns, rows, batch_size)
+
+    with closing(ahead(read(), 2)) as batches:
+        while True:
+            with stages("wait for reading"):
+                batch = next(batches, None)
+            if batch is None:
+                return
             found = look(batch)
             bar.update(len(batch.wanted))
             for i in batch.wanted:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +20,15 @@ from torch.nn import functional as F
 from vision_mamba.engine.distributed import barrier
 from vision_mamba.errors import UserError
 
+from .cog import NODATA, TILE
 from .models import TTA, Segmentor
-from .parts import Parts, Writer
-from .products import NODATA, SceneFiles, write_products
-from .reader import Batch, SceneReader, each_window, gdal_options, to_device
-from .windows import Grid, blend_rows, blend_weights, weigh
+from .parts import THREADS, Parts, Writer
+from .products import Map, SceneFiles, pack, planned_maps, write_products
+from .reader import Batch, Row, SceneReader, each_window, gdal_options, to_device, to_host
+from .stages import Stages
+from .windows import Grid, blend_rows, blend_weights
 
-STRIP = 512  # pixel rows that are stored at once: the height of a tile of the output
-_BLOCK = 4096  # pixel columns that are written at once
+STRIP = TILE  # pixel rows that are stored at once
 _FRACTIONS = 254  # confidence and probabilities: 0 to 254 for 0 to 1, 255 for nodata
 
 
@@ -39,7 +42,10 @@ class SceneReport:
         pixels: pixels a class.
         windows: windows that the model saw in this run.
         seconds: of this run.
-        inference_seconds: of these, until the last window's rows were stored; then the results were written.
+        inference_seconds: of these, until the last window's rows were stored; then the results were put together.
+        stages: seconds of each stage. "wait for reading" and "wait for storing" are those in which no window could be
+            handed to the device; "overviews", "maps", "polygons" and "picture" follow the last window; "read", "device"
+            (waiting for results of it), "store" and "pack" are of other threads, the last summed over several.
     """
 
     files: SceneFiles
@@ -48,6 +54,7 @@ class SceneReport:
     windows: int
     seconds: float
     inference_seconds: float
+    stages: dict[str, float]
 
 
 @gdal_options()
@@ -111,78 +118,106 @@ def segment_raster(
         raise ValueError(f"polygons={polygons!r}: allowed are 'gpkg', 'geojson' and None")
     overlap = window // 4 if overlap is None else overlap
     begun = time.monotonic()
-    reader = SceneReader(source, segmentor, value_range)
+    stages = Stages()
+    reader = SceneReader(source, segmentor, value_range, stages)
     grid = Grid(reader.height, reader.width, window, overlap)
     weights = blend_weights(window, overlap, blend).to(segmentor.device)
     files = SceneFiles.plan(source, out, confidence=confidence, probabilities=probabilities, polygons=polygons)
     options = dict(
         batch_size=batch_size, blend=blend, tta=tta, scales=list(scales), value_range=value_range,
-        probabilities=probabilities, classes=list(segmentor.classes),
+        confidence=confidence, probabilities=probabilities, classes=list(segmentor.classes),
     )  # fmt: skip
     parts = Parts(files.work, reader, grid, -(-grid.height // STRIP), options)
     parts.open(files.results(), resume=resume, overwrite=overwrite, rank=rank)
-    strips = _Strips(parts, reader)
-
     views, num_classes = TTA[tta], len(segmentor.classes)
-    seen = 0
+    seen, begun_rows = 0, dict[int, Row]()
 
-    def finish(scores: Tensor) -> Tensor:
+    def finish(scores: Tensor, valid: np.ndarray | None) -> Tensor:
         best, index = scores.max(0)
         planes = [index.to(torch.uint8), (best * _FRACTIONS).round().to(torch.uint8)]
         if probabilities:
             planes += list((scores * _FRACTIONS).round().to(torch.uint8))
-        return torch.stack(planes)
+        found = torch.stack(planes)
+        return found if valid is None else found.masked_fill_(~to_device(torch.from_numpy(valid), found.device), NODATA)
 
     def look(batch: Batch) -> Tensor:
         nonlocal seen
         seen += len(batch.empty)
+        begun_rows.update(batch.rows)
         if batch.empty.all():
             size = len(batch.empty), num_classes, window, window
-            return weigh(torch.full(size, 1 / num_classes, device=segmentor.device), weights)
+            return torch.full((), 1 / num_classes, device=segmentor.device).expand(size)
         x = reader.normalised(batch)
         if len(x) < batch_size:
             # Always the same shape: some exported models take no other, and no kernel is chosen anew.
             x = F.pad(x, (0, 0) * 3 + (0, batch_size - len(x)))
         with torch.inference_mode():
-            scores = segmentor.probabilities(x, views, scales)
-        return weigh(scores[: len(batch.empty)], weights)
+            return segmentor.probabilities(x, views, scales)[: len(batch.empty)]
 
     planned = [
         (panel, run, grid.rows_for(run.start * STRIP, min(run.stop * STRIP, grid.height)))
         for panel in range(len(grid.panels)) for run in parts.missing(panel, rank, world_size)
     ]  # fmt: skip
     try:
-        with parts.progress(source, [(panel, rows) for panel, _, rows in planned], progress and rank == 0) as bar:
-            with Writer() as writer:
+        with (
+            parts.progress(source, [(panel, rows) for panel, _, rows in planned], progress and rank == 0) as bar,
+            Writer(THREADS) as packer, Writer() as writer,
+        ):  # fmt: skip
+            strips = _Strips(parts, reader, planned_maps(files), writer, packer, stages)
+            boxes = [(grid.panels[panel], rows) for panel, _, rows in planned]
+            with closing(each_window(reader, grid, boxes, batch_size, look, bar, stages)) as scores:
                 for panel, run, rows in planned:
                     columns = grid.panels[panel]
-                    load = partial(strips.load_edge, panel - 1, segmentor.device) if panel else None
-                    save = partial(strips.save_edge, panel, writer) if columns.stop < len(grid.lefts) else None
-                    with closing(each_window(reader, grid, columns, rows, batch_size, look, bar)) as scores:
-                        blended = blend_rows(grid, rows, scores, columns=columns, load_edge=load, save_edge=save)
-                        strips.store(panel, run, ((top, finish(mean)) for top, mean in blended), writer)
-                    strips.remove_edges(panel, rows)
-        inference = time.monotonic() - begun
-        barrier()
-        if rank == 0:
-            pixels, hectares = write_products(
-                files, reader.profile, strips.blocks, segmentor, simplify=simplify, min_area=min_area, source=source
-            )
+                    blended = blend_rows(
+                        grid, rows, scores, weights, columns=columns,
+                        load_edge=partial(strips.load_edge, panel - 1, segmentor.device) if panel else None,
+                        save_edge=partial(strips.save_edge, panel) if columns.stop < len(grid.lefts) else None,
+                    )  # fmt: skip
+
+                    def finished(panel=panel, rows=rows, blended=blended) -> Iterator[tuple[int, Tensor]]:
+                        for row, (top, mean) in zip(rows, blended, strict=True):
+                            valid, view = begun_rows.pop(row)
+                            strips.save_view(panel, row, view)
+                            yield top, finish(mean, valid)
+                        begun_rows.clear()  # the last batch of the group may hold windows that were not asked for
+
+                    strips.store(panel, run, finished())
+                    strips.submit(strips.remove_edges, panel, rows)
+            with stages("wait for storing"):
+                writer.finish()
+                packer.finish()
+            inference = time.monotonic() - begun
+            barrier()
+            if rank == 0:
+                pixels, hectares = write_products(
+                    files, reader.profile, strips.packed, strips.view, segmentor, stages,
+                    source=source, simplify=simplify, min_area=min_area,
+                )  # fmt: skip
     except OSError as error:
         raise UserError(f"cannot write to {files.work.parent}: {error.strerror or error}") from error
     parts.close(rank)
     if rank > 0:
-        return SceneReport(files, None, {}, seen, time.monotonic() - begun, inference)
-    return SceneReport(files, hectares, pixels, seen, time.monotonic() - begun, inference)
+        return SceneReport(files, None, {}, seen, time.monotonic() - begun, inference, dict(stages.seconds))
+    return SceneReport(files, hectares, pixels, seen, time.monotonic() - begun, inference, dict(stages.seconds))
 
 
 class _Strips:
-    """Finished rows of the scene, ``STRIP`` to a part, and what neighbouring groups of window columns share."""
+    """Finished rows of the scene, ``STRIP`` to a part, what neighbouring groups of window columns share, and tiles of
+    the maps, packed when the last group that has some of their pixels is stored."""
 
-    def __init__(self, parts: Parts, reader: SceneReader) -> None:
-        self.parts, self.reader, self.grid = parts, reader, parts.grid
+    def __init__(
+        self, parts: Parts, reader: SceneReader, maps: list[Map], writer: Writer, packer: Writer, stages: Stages
+    ) -> None:
+        self.parts, self.reader, self.grid, self.maps = parts, reader, parts.grid, maps
+        self.writer, self.packer, self.stages = writer, packer, stages
+        self._edges: dict[Path, Future] = {}
 
-    def store(self, panel: int, run: range, blocks: Iterator[tuple[int, Tensor]], writer: Writer) -> None:
+    def submit(self, job: Callable[..., None], *args: Any) -> Future:
+        """One thread stores in order: no part is there before what its neighbour, or the picture, needs of its rows."""
+        with self.stages("wait for storing"):
+            return self.writer.submit(job, *args)
+
+    def store(self, panel: int, run: range, blocks: Iterator[tuple[int, Tensor]]) -> None:
         """Cuts blocks of rows (planes, rows, width) into the parts of ``run``; what lies outside is dropped."""
         first, last = run.start * STRIP, min(run.stop * STRIP, self.grid.height)
         pending, top = None, first
@@ -191,29 +226,83 @@ class _Strips:
             pending = block if pending is None else torch.cat([pending, block], dim=1)
             while pending.shape[1] >= min(STRIP, last - top) > 0:
                 rows = min(STRIP, last - top)
-                writer.submit(self._save, panel, top // STRIP, pending[:, :rows].clone())
+                self.submit(self._save, panel, top // STRIP, to_host(pending[:, :rows].contiguous()))
                 pending, top = pending[:, rows:], top + rows
-        writer.finish()
 
-    def _save(self, panel: int, index: int, found: Tensor) -> None:
-        planes = found.cpu().numpy()
+    def _save(self, panel: int, index: int, found: Callable[[], np.ndarray]) -> None:
+        with self.stages("device"):
+            planes = found()
+        with self.stages("store"):
+            self.parts.save(self.parts.path(panel, index), planes)
+            self.packer.submit(self._pack, panel, index)
+
+    def _tiles(self, panel: int) -> range:
+        """Numbers of the columns of tiles that end in a group's pixels."""
         columns = self.grid.pixels(self.grid.panels[panel])
-        box = self.reader.rasterio.windows.Window(columns.start, index * STRIP, len(columns), planes.shape[1])
-        valid = self.reader.any_valid(box)
-        if valid is not None:
-            planes[:, ~valid] = NODATA
-        self.parts.save(self.parts.path(panel, index), planes)
+        last = panel == len(self.grid.panels) - 1
+        return range(columns.start // TILE, -(-columns.stop // TILE) if last else columns.stop // TILE)
+
+    def _pack(self, panel: int, index: int) -> None:
+        tiles = self._tiles(panel)
+        if not tiles:
+            return
+        with self.stages("pack"):
+            pieces = []
+            for i, columns in enumerate(self.grid.panels[: panel + 1]):
+                pixels = self.grid.pixels(columns)
+                if pixels.stop > tiles.start * TILE:
+                    here = slice(max(tiles.start * TILE - pixels.start, 0), max(tiles.stop * TILE - pixels.start, 0))
+                    pieces.append(np.load(self.parts.path(i, index), mmap_mode="r")[:, :, here])
+            packed = pack(np.concatenate(pieces, axis=2), self.maps)
+            self.parts.save_packed(self._packed(panel, index), packed)
+
+    def _packed(self, panel: int, index: int) -> Path:
+        return self.parts.folder / f"tiles-{panel:03d}-{index:06d}.npz"
+
+    def packed(self, index: int) -> list[Mapping[str, np.ndarray]]:
+        """See :func:`vision_mamba.geo.products.write_products`."""
+        found = []
+        for panel in range(len(self.grid.panels)):
+            if self._tiles(panel):
+                if not self._packed(panel, index).exists():
+                    self._pack(panel, index)  # killed in between
+                found.append(np.load(self._packed(panel, index)))
+        return found
+
+    def _view(self, panel: int, row: int) -> Path:
+        return self.parts.folder / f"view-{panel:03d}-{row:06d}.npy"
+
+    def save_view(self, panel: int, row: int, view: np.ndarray) -> None:
+        self.submit(self.parts.save, self._view(panel, row), view)
+
+    def view(self) -> np.ndarray:
+        """The scene as a small picture shows it, (3, rows, columns) float32, NaN where there is no data."""
+        rows = [
+            [np.load(self._view(panel, row)) for panel in range(len(self.grid.panels))]
+            for row in range(len(self.grid.tops))
+        ]
+        return np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)
 
     def _edge(self, panel: int, row: int) -> Path:
         return self.parts.folder / f"edge-{panel:03d}-{row:06d}.npy"
 
     def load_edge(self, panel: int, device: torch.device | str, row: int) -> Tensor:
-        return to_device(torch.from_numpy(np.load(self._edge(panel, row))), device)
-
-    def save_edge(self, panel: int, writer: Writer, row: int, scores: Tensor) -> None:
-        # The same thread stores parts: no part is there before what its neighbour needs of its rows.
         path = self._edge(panel, row)
-        writer.submit(lambda kept: self.parts.save(path, kept.cpu().numpy()), scores.clone())
+        if path in self._edges:  # else it is of another run
+            with self.stages("wait for storing"):
+                self._edges.pop(path).result()
+        return to_device(torch.from_numpy(np.load(path)), device)
+
+    def save_edge(self, panel: int, row: int, scores: Tensor) -> None:
+        path, found = self._edge(panel, row), to_host(scores.clone())
+
+        def save() -> None:
+            with self.stages("device"):
+                edge = found()
+            with self.stages("store"):
+                self.parts.save(path, edge)
+
+        self._edges[path] = self.submit(save)
 
     def remove_edges(self, panel: int, rows: range) -> None:
         """Of the columns before ``panel``, where no part of ``panel`` waits for them any more."""
@@ -222,15 +311,3 @@ class _Strips:
             touched = range(top // STRIP, -(-min(top + self.grid.window, self.grid.height) // STRIP))
             if all(self.parts.path(panel, index).exists() for index in touched):
                 self._edge(panel - 1, row).unlink(missing_ok=True)  # another process may have been here
-
-    def blocks(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """First row, first column and planes, in blocks that are whole tiles of the output, in row order."""
-        panels = [self.grid.pixels(columns) for columns in self.grid.panels]
-        for index in range(self.parts.count):
-            stored = [np.load(self.parts.path(i, index), mmap_mode="r") for i in range(len(panels))]
-            for left in range(0, self.grid.width, _BLOCK):
-                pieces = [
-                    planes[:, :, max(left - here.start, 0) : max(left + _BLOCK - here.start, 0)]
-                    for here, planes in zip(panels, stored, strict=True)
-                ]
-                yield index * STRIP, left, np.concatenate(pieces, axis=2)

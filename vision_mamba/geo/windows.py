@@ -76,16 +76,11 @@ class Grid:
         return range(touching[0], touching[-1] + 1)
 
 
-def weigh(scores: Tensor, weights: Tensor) -> Tensor:
-    """What :func:`blend_rows` adds up: (n, classes, window, window) -> (n, classes + 1, window, window), scores times
-    ``weights`` (window, window) and, last, the weights."""
-    return torch.cat([scores * weights, weights.expand(len(scores), 1, *weights.shape)], dim=1)
-
-
 def blend_rows(
     grid: Grid,
     rows: range,
-    weighted: Iterable[Tensor],
+    scores: Iterable[Tensor],
+    weights: Tensor,
     *,
     columns: range | None = None,
     load_edge: Callable[[int], Tensor] | None = None,
@@ -96,7 +91,8 @@ def blend_rows(
     Args:
         grid: the windows.
         rows: which window rows, without a gap.
-        weighted: (classes + 1, window, window) a window, row by row, on one device; see :func:`weigh`.
+        scores: (classes, window, window) a window, row by row, on one device.
+        weights: (window, window) of each window's pixels, there too; see :func:`blend_weights`.
         columns: which window columns, without a gap; None for all.
         load_edge: gives for a window row what ``save_edge`` was given where the columns before ended.
         save_edge: takes for a window row what these columns share with those after them.
@@ -107,21 +103,23 @@ def blend_rows(
     """
     tops, lefts = [*grid.tops, grid.height], grid.lefts
     columns = range(len(lefts)) if columns is None else columns
-    weighted = iter(weighted)
+    scores = iter(scores)
     carry: Tensor | None = None  # what this row of windows shares with the next
     high, wide = min(grid.window, grid.height), min(grid.window, grid.width)
     left, done = lefts[columns[0]], len(grid.pixels(columns))
+    weights = weights[:high, :wide]
     for row in rows:
-        total: Tensor | None = None
+        total: Tensor | None = None  # scores times weights and, last, the weights
         for column in columns:
-            window = next(weighted)[:, :high, :wide]
+            window = next(scores)[:, :high, :wide]
             if total is None:
-                total = window.new_zeros(len(window), high, lefts[columns[-1]] + wide - left)
+                total = window.new_zeros(len(window) + 1, high, lefts[columns[-1]] + wide - left)
                 if load_edge:
                     edge = load_edge(row)
                     total[..., : edge.shape[-1]] = edge
             begin = lefts[column] - left
-            total[..., begin : begin + wide] += window
+            total[:-1, :, begin : begin + wide] += window * weights  # a product of its own: no order of fused sums
+            total[-1, :, begin : begin + wide] += weights
         assert total is not None
         if save_edge:
             save_edge(row, total[..., done:])
