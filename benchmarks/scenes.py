@@ -10,7 +10,7 @@ values) in a tiled GeoTIFF. The model is a pyramid of ours, a 1x1 convolution on
 with random weights, under bfloat16 autocast on a GPU. Each scene is segmented by a process of its own: its peaks of
 resident memory (VmHWM, and RssAnon by sampling) and of the GPU's memory are of that scene alone. "bare" is the model
 on windows that lie on the device, before and after the scene; "scene" is segment_raster while it reads, infers, blends
-and stores; "whole" is all of it, with the maps written.
+and stores; "whole" is all of it, with the maps written. What the stages are: vision_mamba.geo.scene.SceneReport.
 
 The large window is seen in one pass and in small windows, without overlap and blended over a quarter. "agreement" is
 the share of pixels that have the one pass's class; "seams" is the mean step of the probabilities across the small
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ from vision_mamba.data.rasters import load_rasterio
 from vision_mamba.errors import UserError, run_main
 from vision_mamba.geo import Segmentor, segment_raster
 from vision_mamba.geo.reader import SceneReader
-from vision_mamba.geo.windows import Grid, blend_rows, blend_weights, weigh
+from vision_mamba.geo.windows import Grid, blend_rows, blend_weights
 
 CLASSES = tuple(f"class {i}" for i in range(6))
 BLACK, WHITE = 0, 16 * 255
@@ -164,6 +165,7 @@ def measure_scene(name: str, path: Path, device: torch.device, window: int, batc
     return {
         "model": name, "side": reader.width, "windows": report.windows, "bare": bare_speed, "scene": scene_speed,
         "whole": report.windows / report.seconds, "scene_over_bare": scene_speed / bare_speed, **held,
+        "seconds": report.seconds, "inference_seconds": report.inference_seconds, "stages": report.stages,
     }  # fmt: skip
 
 
@@ -187,11 +189,10 @@ def measure_window(name: str, path: Path, device: torch.device, window: int, bat
             for i in range(0, len(corners), batch_size):
                 cut = [x[0, :, top : top + window, left : left + window] for top, left in corners[i : i + batch_size]]
                 with torch.inference_mode():
-                    found = segmentor.probabilities(torch.stack(cut))
-                yield from weigh(found, weights)
+                    yield from segmentor.probabilities(torch.stack(cut))
 
         def run() -> Tensor:
-            blocks = blend_rows(grid, range(len(grid.tops)), scores())
+            blocks = blend_rows(grid, range(len(grid.tops)), scores(), weights)
             return torch.cat([block for _, block in blocks], dim=1)
 
         return run
@@ -276,6 +277,13 @@ def main() -> None:
                 f"{row['scene_over_bare']:7.2f} {row['host_mib']:7.0f} {row['host_anonymous_mib']:7.0f} {gpu}",
                 flush=True,
             )
+            print(
+                f"{'':8}{row['seconds']:.1f} s, of them {row['inference_seconds']:.1f} s until the last window; seconds of"
+            )
+            print(textwrap.fill(
+                ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in sorted(row["stages"].items())),
+                110, initial_indent=" " * 8, subsequent_indent=" " * 8,
+            ), flush=True)  # fmt: skip
         for key in ("host_mib", "host_anonymous_mib", "gpu_mib"):
             if key in scenes[0]:
                 print(

@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,8 @@ from vision_mamba.data.rasters import load_rasterio
 TILE = 512  # pixels a side
 NODATA = 255
 _LEVEL = 1  # of zlib
-Buffer = bytes | memoryview
+_AT_ONCE = 64  # tiles that are copied at once
+Tiles = Iterable[tuple[bytes | np.ndarray, Sequence[int]]]
 # Said right behind the header, so that readers trust the order: https://gdal.org/en/stable/drivers/raster/cog.html
 _LAYOUT = (
     b"LAYOUT=IFDS_BEFORE_DATA\nBLOCK_ORDER=ROW_MAJOR\nBLOCK_LEADER=SIZE_AS_UINT4\n"
@@ -32,23 +34,25 @@ _SUBFILE, _WIDTH, _HEIGHT, _OFFSETS, _SIZES = 254, 256, 257, 324, 325
 _OF_THE_SCENE = {33550, 33922, 34264, 34735, 34736, 34737, 42112}  # coordinates and descriptions: not of overviews
 
 
-def compress(planes: np.ndarray, numbers: bool) -> list[bytes]:
-    """Tiles of a row of them, from the left.
+def compress(planes: np.ndarray, numbers: bool) -> bytes:
+    """A tile as it stands in the file: its size, the compressed values, their last four bytes again.
 
     Args:
-        planes: uint8 (bands, rows, columns), of at most 512 rows; filled up with NODATA.
+        planes: uint8 (bands, rows, columns), of at most 512 x 512 pixels; filled up with NODATA.
         numbers: neighbours are alike as numbers are, so their differences are compressed (TIFF's predictor 2); else
             they are classes.
     """
-    full = np.full((TILE, -(-planes.shape[2] // TILE) * TILE, len(planes)), NODATA, np.uint8)
+    full = np.full((TILE, TILE, len(planes)), NODATA, np.uint8)
     full[: planes.shape[1], : planes.shape[2]] = planes.transpose(1, 2, 0)
-    found = []
-    for left in range(0, full.shape[1], TILE):
-        tile = full[:, left : left + TILE]
-        if numbers:
-            tile = np.concatenate([tile[:, :1], tile[:, 1:] - tile[:, :-1]], axis=1)
-        found.append(zlib.compress(np.ascontiguousarray(tile), _LEVEL))
-    return found
+    if numbers:
+        full = np.concatenate([full[:, :1], full[:, 1:] - full[:, :-1]], axis=1)
+    found = zlib.compress(full, _LEVEL)
+    return struct.pack("<I", len(found)) + found + found[-4:]
+
+
+def across(planes: np.ndarray) -> list[np.ndarray]:
+    """A row of tiles, (bands, rows, columns), cut into tiles."""
+    return [planes[:, :, left : left + TILE] for left in range(0, planes.shape[2], TILE)]
 
 
 def halved(planes: np.ndarray, numbers: bool) -> np.ndarray:
@@ -113,18 +117,18 @@ class Overviews:
             return
         full = np.concatenate(self._pending[level], axis=1)  # TILE rows: those of the pieces are powers of two
         self._pending[level] = []
-        pieces = [full[:, :, left : left + TILE] for left in range(0, full.shape[2], TILE)]
-        for (tile,) in self._pool.map(compress, pieces, [self._numbers] * len(pieces)):
+        for tile in self._pool.map(partial(compress, numbers=self._numbers), across(full)):
             self._files[level].write(tile)
             self.sizes[level].append(len(tile))
         if level + 1 < len(self._heights):
             self._add(level + 1, halved(full, self._numbers))
 
-    def tiles(self, level: int) -> Iterator[bytes]:
-        """The compressed tiles of an overview, row by row."""
+    def tiles(self, level: int) -> Iterator[tuple[bytes, list[int]]]:
+        """An overview as :func:`write_cog` takes it."""
         self._files[level].seek(0)
-        for size in self.sizes[level]:
-            yield self._files[level].read(size)
+        for begin in range(0, len(self.sizes[level]), _AT_ONCE):
+            lengths = self.sizes[level][begin : begin + _AT_ONCE]
+            yield self._files[level].read(sum(lengths)), lengths
 
     def close(self) -> None:
         for file in self._files:
@@ -132,16 +136,15 @@ class Overviews:
             os.unlink(file.name)
 
 
-def write_cog(
-    path: Path, template: Path, levels: Sequence[tuple[tuple[int, int], Iterable[Buffer]]], total: int
-) -> None:
+def write_cog(path: Path, template: Path, levels: Sequence[tuple[tuple[int, int], Tiles]], total: int) -> None:
     """Writes a GeoTIFF in the order of a cloud-optimised one: what it is, the smallest overview, ..., the raster.
 
     Args:
         path: file to write.
         template: a BigTIFF of the raster's size and kind in tiles, whose values do not matter; all but where the tiles
             are is taken from it.
-        levels: of the raster, then of its overviews: height and width, and the compressed tiles row by row.
+        levels: of the raster, then of its overviews: height and width, and the tiles (see :func:`compress`) row by row,
+            several at once with the length of each.
         total: bytes of all tiles, or more.
     """
     main = _read_tags(template)
@@ -175,11 +178,11 @@ def write_cog(
         file.write(head(nothing, nothing))
         offsets, lengths = [], []
         for (_, tiles_of_level), (_, count) in reversed(list(zip(levels, tables, strict=True))):
-            starts, ends = _write_tiles(file, tiles_of_level)
+            starts, found = _write_tiles(file, tiles_of_level)
             if len(starts) != count:
                 raise ValueError(f"{len(starts)} tiles, where {count} belong")
-            offsets.append(np.array(starts, np.int64))
-            lengths.append(np.array(ends, np.int64))
+            offsets.append(starts)
+            lengths.append(found)
         file.seek(0)
         file.write(head(offsets[::-1], lengths[::-1]))
 
@@ -202,14 +205,16 @@ def make_template(path: Path, profile: dict[str, Any], count: int, numbers: bool
         describe(file)
 
 
-def _write_tiles(file: BinaryIO, tiles: Iterable[Buffer]) -> tuple[list[int], list[int]]:
-    starts, lengths, at = [], [], file.tell()
-    for tile in tiles:
-        file.write(b"".join((struct.pack("<I", len(tile)), tile, tile[-4:])))
-        starts.append(at + 4)
-        lengths.append(len(tile))
-        at += len(tile) + 8
-    return starts, lengths
+def _write_tiles(file: BinaryIO, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
+    """Where the values of each tile begin, and how many bytes they are."""
+    starts, found, at = [], [np.zeros(0, np.int64)], file.tell()
+    for data, lengths in tiles:
+        file.write(data)
+        ends = at + np.cumsum(lengths, dtype=np.int64)
+        starts.append(ends - lengths + 4)
+        found.append(np.array(lengths, np.int64) - 8)
+        at = int(ends[-1])
+    return np.concatenate([np.zeros(0, np.int64), *starts]), np.concatenate(found)
 
 
 def _long(value: int) -> tuple[int, int, bytes]:

@@ -126,8 +126,8 @@ def detect_raster(
     ]  # fmt: skip
     try:
         with parts.progress(source, planned, progress and rank == 0) as bar, Writer() as writer:
-            boxes = [(grid.panels[panel], rows) for panel, rows in planned]
-            with closing(each_window(reader, grid, boxes, batch_size, look, bar, Stages())) as windows:
+            where = [(grid.panels[panel], rows) for panel, rows in planned]
+            with closing(each_window(reader, grid, where, batch_size, look, bar, Stages())) as windows:
                 for panel, rows in planned:
                     columns = grid.panels[panel]
                     for row in rows:

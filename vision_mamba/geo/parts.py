@@ -36,6 +36,10 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads; what has not begun is dropped."""
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, job: Callable[..., None], *args: Any) -> Future:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vision_mamba.data.rasters import load_rasterio
 from vision_mamba.errors import UserError
 from vision_mamba.files import replacing
 
-from .cog import NODATA, TILE, Overviews, compress, halved, make_template, sizes, write_cog
+from .cog import NODATA, TILE, Overviews, Tiles, across, compress, halved, make_template, sizes, write_cog
 from .models import Segmentor
 from .parts import THREADS
 from .reader import sampled
@@ -80,7 +81,7 @@ def planned_maps(files: SceneFiles) -> list[Map]:
 
 
 def pack(planes: np.ndarray, maps: Sequence[Map]) -> dict[str, np.ndarray]:
-    """What :func:`write_products` makes the maps of, from some tiles of a row of them.
+    """What :class:`Assembly` makes the maps of, from some tiles of a row of them.
 
     Args:
         planes: uint8 (planes, rows, columns): class, confidence, then probabilities, NODATA where there is no data; of
@@ -91,24 +92,111 @@ def pack(planes: np.ndarray, maps: Sequence[Map]) -> dict[str, np.ndarray]:
         "counts": (rows, 256) pixels a class; and of each map, by its number, the compressed tiles ("tiles0"), how long
         each is ("sizes0"), and the pixels of the first overview ("half0").
     """
-    rows = planes.shape[1]
-    keys = planes[0].astype(np.intp)
-    keys += 256 * np.arange(rows)[:, None]
-    found = {"counts": np.bincount(keys.ravel(), minlength=256 * rows).reshape(rows, 256).astype(np.int32)}
+    rows, tiles = planes.shape[1], across(planes)
+    counts = np.zeros((rows, 256), np.int64)
+    for tile in tiles:
+        keys = tile[0].astype(np.intp)
+        keys += 256 * np.arange(rows)[:, None]
+        counts += np.bincount(keys.ravel(), minlength=256 * rows).reshape(rows, 256)
+    found = {"counts": counts}
     for i, item in enumerate(maps):
-        tiles = compress(planes[item.planes], item.numbers)
-        found[f"tiles{i}"] = np.frombuffer(b"".join(tiles), np.uint8)
-        found[f"sizes{i}"] = np.array([len(tile) for tile in tiles], np.int64)
-        found[f"half{i}"] = halved(planes[item.planes], item.numbers)
+        blocks = [compress(tile[item.planes], item.numbers) for tile in tiles]
+        found[f"tiles{i}"] = np.frombuffer(b"".join(blocks), np.uint8)
+        found[f"sizes{i}"] = np.array(list(map(len, blocks)), np.int64)
+        found[f"half{i}"] = np.concatenate([halved(tile[item.planes], item.numbers) for tile in tiles], axis=2)
     return found
 
 
+class Assembly:
+    """The maps of a scene from what :func:`pack` makes of its rows of tiles, and the pixels a class.
+
+    Used as a context; overviews grow while the scene is still being segmented.
+    """
+
+    def __init__(
+        self,
+        files: SceneFiles,
+        profile: dict[str, Any],
+        segmentor: Segmentor,
+        packed: Callable[[int], list[Mapping[str, np.ndarray]]],
+    ) -> None:
+        """
+        Args:
+            files: of the scene.
+            profile: the scene's crs, transform, width and height.
+            segmentor: its classes and colours.
+            packed: gives for the number of a row of tiles what :func:`pack` made of them, from the left to the right.
+        """
+        self.files, self.profile, self.packed = files, profile, packed
+        self.classes, self.palette, self.maps = list(segmentor.classes), segmentor.colours(), planned_maps(files)
+        self.rows = -(-profile["height"] // TILE)
+        areas = pixel_areas(profile)
+        self.pixels = np.zeros(len(self.classes), np.int64)
+        self.hectares = None if areas is None else np.zeros(len(self.classes))
+        self._areas, self._done, self._bytes = areas, 0, [0] * len(self.maps)
+
+    def __enter__(self) -> Assembly:
+        with ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(THREADS))
+            self._overviews = [
+                stack.enter_context(closing(Overviews(
+                    self.profile["height"], self.profile["width"], item.numbers, self.files.work, i, pool
+                )))
+                for i, item in enumerate(self.maps)
+            ]  # fmt: skip
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, until: int) -> None:
+        """Takes the rows of tiles before ``until``, each once."""
+        for index in range(self._done, until):
+            pieces = self.packed(index)
+            counts = np.sum([piece["counts"] for piece in pieces], axis=0)[:, : len(self.classes)]
+            self.pixels += counts.sum(0)
+            if self.hectares is not None and self._areas is not None:
+                self.hectares += self._areas[index * TILE : index * TILE + len(counts)] @ counts / 1e4
+            for i, overview in enumerate(self._overviews):
+                self._bytes[i] += sum(int(piece[f"sizes{i}"].sum()) for piece in pieces)
+                overview.add(np.concatenate([piece[f"half{i}"] for piece in pieces], axis=2))
+            self._done = index + 1
+
+    def write(self, number: int) -> None:
+        """Writes a map, when all rows are there."""
+        item, overview = self.maps[number], self._overviews[number]
+        template = self.files.work / f"template-{number}.tif"
+        bands = len(self.classes) if item.path == self.files.probabilities else 1
+        make_template(template, self.profile, bands, item.numbers, partial(self._describe, item))
+
+        def tiles() -> Tiles:
+            for index in range(self.rows):
+                for piece in self.packed(index):
+                    yield piece[f"tiles{number}"], piece[f"sizes{number}"].tolist()
+
+        levels: list[Tiles] = [tiles(), *(overview.tiles(level) for level in range(len(overview.sizes)))]
+        shapes = sizes(self.profile["height"], self.profile["width"])
+        total = self._bytes[number] + sum(map(sum, overview.sizes))
+        with replacing(item.path) as temporary:
+            write_cog(temporary, template, list(zip(shapes, levels, strict=True)), total)
+
+    def _describe(self, item: Map, file) -> None:
+        """Sets colours, names and scales of an open raster."""
+        if not item.numbers:
+            colours = {i: (*rgb, 255) for i, rgb in enumerate(self.palette)}
+            file.write_colormap(1, {NODATA: (0, 0, 0, 0), **colours})
+            file.update_tags(**{f"CLASS_{i}": name for i, name in enumerate(self.classes)})
+            return
+        for band in file.indexes:
+            name = self.classes[band - 1] if item.path == self.files.probabilities else "confidence"
+            file.set_band_description(band, name)
+        file.scales = (1 / 254,) * file.count
+
+
 def write_products(
-    files: SceneFiles,
-    profile: dict[str, Any],
-    packed: Callable[[int], list[Mapping[str, np.ndarray]]],
+    assembly: Assembly,
     view: Callable[[], np.ndarray],
-    segmentor: Segmentor,
     stages: Stages,
     *,
     source: str | os.PathLike,
@@ -118,10 +206,10 @@ def write_products(
     """Writes every result, each under a temporary name first.
 
     Args:
-        profile: the scene's crs, transform, width and height.
-        packed: gives for the number of a row of tiles what :func:`pack` made of them, from the left to the right.
+        assembly: of the scene, whose tiles are all packed.
         view: gives the scene for the picture, (3, rows, columns) float32, NaN where there is no data.
         source: the scene's name, for errors.
+        simplify, min_area: see :func:`write_polygons`.
 
     Returns:
         Pixels and hectares a class; hectares are None without a coordinate system.
@@ -129,71 +217,36 @@ def write_products(
     Raises:
         UserError: nothing but nodata.
     """
-    classes, palette, maps = list(segmentor.classes), segmentor.colours(), planned_maps(files)
-    height, width = profile["height"], profile["width"]
-    pixels, hectares = np.zeros(len(classes), np.int64), np.zeros(len(classes))
-    areas = pixel_areas(profile)
-    lengths = [0] * len(maps)
-    with ThreadPoolExecutor(THREADS) as pool, ExitStack() as stack:
-        with stages("overviews"):
-            overviews = [
-                stack.enter_context(closing(Overviews(height, width, item.numbers, files.work, i, pool)))
-                for i, item in enumerate(maps)
-            ]
-            for index in range(-(-height // TILE)):
-                pieces = packed(index)
-                counts = np.sum([piece["counts"] for piece in pieces], axis=0)[:, : len(classes)]
-                pixels += counts.sum(0)
-                if areas is not None:
-                    hectares += areas[index * TILE : index * TILE + len(counts)] @ counts / 1e4
-                for i, overview in enumerate(overviews):
-                    lengths[i] += sum(int(piece[f"sizes{i}"].sum()) for piece in pieces)
-                    overview.add(np.concatenate([piece[f"half{i}"] for piece in pieces], axis=2))
-        if not pixels.sum():
-            raise UserError(f"{source} holds nothing but nodata: there is nothing to segment")
+    files, classes, palette = assembly.files, assembly.classes, assembly.palette
+    with stages("last overviews"):
+        assembly.add(assembly.rows)
+    pixels, hectares = assembly.pixels, assembly.hectares
+    if not pixels.sum():
+        raise UserError(f"{source} holds nothing but nodata: there is nothing to segment")
 
-        def tiles(number: int) -> Iterator[memoryview]:
-            for index in range(-(-height // TILE)):
-                for piece in packed(index):
-                    data, begin = memoryview(piece[f"tiles{number}"]), 0
-                    for size in piece[f"sizes{number}"].tolist():
-                        yield data[begin : begin + size]
-                        begin += size
+    def draw() -> None:
+        with stages("picture"), replacing(files.picture) as temporary:
+            quick_look(stretched(view()), files.classes, classes, palette, temporary)
 
+    with ThreadPoolExecutor(1) as pool:
         with stages("maps"):
-            for i, (item, overview) in enumerate(zip(maps, overviews, strict=True)):
-                template = files.work / f"template-{i}.tif"
-                count = len(classes) if item.path == files.probabilities else 1
-                make_template(template, profile, count, item.numbers, partial(_describe, files, item, classes, palette))
-                levels = [tiles(i), *(overview.tiles(level) for level in range(len(overview.sizes)))]
-                total = lengths[i] + sum(map(sum, overview.sizes))
-                with replacing(item.path) as temporary:
-                    write_cog(temporary, template, list(zip(sizes(height, width), levels, strict=True)), total)
+            assembly.write(0)
+            drawn = pool.submit(draw)  # of the classes alone
+            for number in range(1, len(assembly.maps)):
+                assembly.write(number)
+        drawn.result()
     if files.polygons is not None:
         with stages("polygons"), replacing(files.polygons) as temporary:
             write_polygons(files.classes, temporary, classes, simplify=simplify, min_area=min_area)
     found_pixels = dict(zip(classes, pixels.tolist(), strict=True))
-    found_hectares = None if areas is None else dict(zip(classes, hectares.tolist(), strict=True))
+    found_hectares = None if hectares is None else dict(zip(classes, hectares.tolist(), strict=True))
     with replacing(files.areas) as temporary, open(temporary, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["class", "pixels", "share", "hectares"])
         for name, count in found_pixels.items():
             area = "" if found_hectares is None else f"{found_hectares[name]:.4f}"
             table.writerow([name, count, f"{count / pixels.sum():.6f}", area])
-    with stages("picture"), replacing(files.picture) as temporary:
-        quick_look(stretched(view()), files.classes, classes, palette, temporary)
     return found_pixels, found_hectares
-
-
-def _describe(files: SceneFiles, item: Map, classes: Sequence[str], palette, file) -> None:
-    """Sets colours, names and scales of an open raster."""
-    if not item.numbers:
-        file.write_colormap(1, {NODATA: (0, 0, 0, 0), **{i: (*rgb, 255) for i, rgb in enumerate(palette)}})
-        file.update_tags(**{f"CLASS_{i}": name for i, name in enumerate(classes)})
-        return
-    for band in file.indexes:
-        file.set_band_description(band, classes[band - 1] if item.path == files.probabilities else "confidence")
-    file.scales = (1 / 254,) * file.count
 
 
 def pixel_areas(profile: dict[str, Any]) -> np.ndarray | None:
@@ -327,40 +380,40 @@ def decimated(scene, bands: Sequence[int] | None) -> np.ndarray:
 def stretched(image: np.ndarray) -> np.ndarray:
     """A picture (3, height, width) float32, stretched from the 2nd to the 98th percentile: (height, width, 3), 0 to 1,
     and 0 where one of the three is not finite."""
-    image = image.transpose(1, 2, 0)
-    valid = np.isfinite(image).all(-1)
-    if not valid.any():
-        return np.zeros_like(image)
-    low, high = np.percentile(image[valid], (2, 98), axis=0)
-    return np.where(valid[..., None], np.nan_to_num((image - low) / np.maximum(high - low, 1e-6)).clip(0, 1), 0.0)
+    valid = np.isfinite(image).all(0)
+    found = np.zeros((*image.shape[1:], 3), np.float32)
+    if valid.any():
+        for i, band in enumerate(image):
+            low, high = np.percentile(band[valid], (2, 98))
+            np.divide(band - low, max(high - low, 1e-6), out=found[..., i], where=valid)
+    return found.clip(0, 1, out=found)
 
 
 def quick_look(image: np.ndarray, class_map: Path, classes: Sequence[str], palette, path: Path) -> None:
     """A small picture: the scene (height, width, 3) in 0..1, and the classes over it with a legend."""
-    import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
+    scene = Image.fromarray((255 * image).round().astype(np.uint8))
+    scene.thumbnail((_SHOWN, _SHOWN), Image.Resampling.BOX)
     with load_rasterio().open(class_map) as found:
-        numbers = found.read(1, out_shape=image.shape[:2])
-    valid = numbers != NODATA
-    table = np.zeros((256, 3), np.float32)
-    table[: len(palette)] = np.array(palette) / 255
-    over = np.where(valid[..., None], (0.45 * image + 0.55 * table[numbers]).clip(0, 1), 0.0)
-    image = np.where(valid[..., None], image, 0.0)
-    present = np.flatnonzero(np.bincount(numbers.ravel(), minlength=256)[: len(classes)])[:40]
-
-    halves = [Image.fromarray((255 * picture).round().astype(np.uint8)) for picture in (image, over)]
-    for half in halves:
-        half.thumbnail((_SHOWN, _SHOWN), Image.Resampling.BILINEAR)
+        numbers = found.read(1, out_shape=scene.size[::-1])
+    counts = np.bincount(numbers.ravel(), minlength=256)
+    colours = np.zeros((256, 3), np.float32)
+    colours[: len(palette)] = palette
+    seen = np.where((numbers != NODATA)[..., None], np.asarray(scene), 0)
+    over = np.where((numbers != NODATA)[..., None], 0.45 * seen + 0.55 * colours[numbers], 0).round().astype(np.uint8)
+    present = np.flatnonzero(counts[: len(classes)])[:40]
     # The font's file alone: a figure takes longer to draw than a small scene to segment.
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 22)
+    matplotlib = find_spec("matplotlib")
+    assert matplotlib is not None and matplotlib.origin is not None
+    font = ImageFont.truetype(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", 22)
     wide, line, gap = max((font.getlength(classes[i]) for i in present), default=0), 34, 20
-    (across, down), legend = halves[0].size, gap + line * len(present)
-    size = 2 * across + 4 * gap + 40 + math.ceil(wide), max(down + 2 * gap, legend + gap)
+    (right, down), legend = scene.size, gap + line * len(present)
+    size = 2 * right + 4 * gap + 40 + math.ceil(wide), max(down + 2 * gap, legend + gap)
     picture = Image.new("RGB", size, "white")
-    for i, half in enumerate(halves):
-        picture.paste(half, (gap + i * (across + gap), gap))
-    draw, x = ImageDraw.Draw(picture), 2 * across + 3 * gap
+    for i, half in enumerate((seen, over)):
+        picture.paste(Image.fromarray(half), (gap + i * (right + gap), gap))
+    draw, x = ImageDraw.Draw(picture), 2 * right + 3 * gap
     for i, number in enumerate(present):
         y = gap + line * i
         draw.rectangle((x, y, x + 28, y + 24), fill=palette[number])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -87,14 +88,15 @@ class Batch(NamedTuple):
     """Windows of a scene.
 
     Attributes:
-        inputs: (n, bands, window, window) float32 on the model's device; see :meth:`SceneReader.normalised`.
-        copied: when ``inputs`` are there; None on a CPU.
+        room: (n or more, bands, window, window) float32 on the model's device, where :meth:`SceneReader.normalised`
+            finds them.
+        copied: when they are there; None on a CPU.
         empty: (n,) whether a window holds nothing but nodata.
         wanted: which of them were asked for.
         rows: the rows of windows that begin in this batch, by their number.
     """
 
-    inputs: Tensor
+    room: Tensor
     copied: torch.cuda.Event | None
     empty: np.ndarray
     wanted: range
@@ -129,6 +131,7 @@ class SceneReader:
         self.device = self.mean.device  # with its number, which another thread would not know
         # Windows are copied and normalised beside what the model computes.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._spare: deque[tuple[Tensor, Any]] = deque()  # room for batches, and when the device is done with it
         self.sampled = sampled(self.height, self.width)
         self._stages = stages or Stages()
 
@@ -188,9 +191,7 @@ class SceneReader:
             pool = stack.enter_context(ThreadPoolExecutor(_READERS))
             for begin in range(first, last, batch_size):
                 numbers = range(begin, min(begin + batch_size, last))
-                shape = len(numbers), len(self.bands), grid.window, grid.window
-                with torch.cuda.stream(self._stream):  # not over a yield: the stream is the thread's, not ours
-                    inputs = torch.empty(shape, device=self.device)
+                room = self._room((batch_size, len(self.bands), grid.window, grid.window))
                 empty, begun = np.zeros(len(numbers), bool), dict[int, Row]()
                 for i, number in enumerate(numbers):
                     row, column = number // wide, columns[number % wide]
@@ -201,8 +202,8 @@ class SceneReader:
                             held = self._read(pool, scenes, held, grid.window, *box)
                     if number % wide == 0:
                         begun[row] = held.finished(tops[row + 1], len(grid.pixels(columns)))
-                    with torch.cuda.stream(self._stream):
-                        inputs[i].copy_(held.inputs[:, :, left : left + grid.window])
+                    with torch.cuda.stream(self._stream):  # not over a yield: it is this thread's, for all it does
+                        room[i].copy_(held.inputs[:, :, left : left + grid.window])
                     if held.valid is not None:
                         empty[i] = not held.valid[:, left : left + grid.window].any()
                 copied = None
@@ -210,7 +211,26 @@ class SceneReader:
                     copied = torch.cuda.Event()
                     copied.record(self._stream)
                 inside = [i for i, number in enumerate(numbers) if number in wanted]
-                yield Batch(inputs, copied, empty, range(inside[0], inside[-1] + 1), begun)
+                yield Batch(room, copied, empty, range(inside[0], inside[-1] + 1), begun)
+
+    def _room(self, shape: tuple[int, ...]) -> Tensor:
+        """Room for a batch, that of one given back if there is one."""
+        with torch.cuda.stream(self._stream):
+            while self._spare:
+                room, used = self._spare.popleft()
+                if room.shape == shape:
+                    if self._stream is not None:
+                        self._stream.wait_event(used)
+                    return room
+            return torch.empty(shape, device=self.device)
+
+    def give_back(self, batch: Batch) -> None:
+        """The batch's room is for another when what this thread has told the device to do is done."""
+        used = None
+        if self._stream is not None:
+            used = torch.cuda.Event()
+            used.record(torch.cuda.current_stream(self.device))
+        self._spare.append((batch.room, used))
 
     def _read(self, pool: Executor, scenes: Sequence[Any], held: _Held | None, window, top, bottom, left, right):
         """The rows from ``top`` to ``bottom``, as :class:`_Held`; those that ``held`` has are taken from there."""
@@ -258,7 +278,8 @@ class SceneReader:
                 inputs = torch.cat([held.inputs[:, top - held.top : held.bottom - held.top], inputs], dim=1)
         view = self._view(values.numpy(), some, begin, left)
         if held and begin > top:
-            some = None if some is None else np.concatenate([held.valid[top - held.top :], some])
+            if some is not None and held.valid is not None:
+                some = np.concatenate([held.valid[top - held.top :], some])
             view = {**{row: line for row, line in held.view.items() if row >= top}, **view}
         return _Held(top, bottom, inputs, some, view, self.sampled[1][self.sampled[1] >= left] - left)
 
@@ -283,8 +304,8 @@ class SceneReader:
         if batch.copied is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(batch.copied)
-            batch.inputs.record_stream(stream)  # its memory was given out on the other stream
-        return batch.inputs
+            batch.room.record_stream(stream)  # its memory was given out on the other stream
+        return batch.room[: len(batch.empty)]
 
     def _valid(self, scene, box, values: np.ndarray) -> np.ndarray:
         """(bands, h, w): where the scene has a value."""
@@ -350,13 +371,14 @@ def each_window(
         for columns, rows in planned:
             yield from reader.batches(grid, columns, rows, batch_size)
 
-    with closing(ahead(read(), 2)) as batches:
+    with closing(ahead(read(), 1)) as batches:
         while True:
             with stages("wait for reading"):
                 batch = next(batches, None)
             if batch is None:
                 return
             found = look(batch)
+            reader.give_back(batch)
             bar.update(len(batch.wanted))
             for i in batch.wanted:
                 yield found[i]

@@ -23,7 +23,7 @@ from vision_mamba.errors import UserError
 from .cog import NODATA, TILE
 from .models import TTA, Segmentor
 from .parts import THREADS, Parts, Writer
-from .products import Map, SceneFiles, pack, planned_maps, write_products
+from .products import Assembly, Map, SceneFiles, pack, planned_maps, write_products
 from .reader import Batch, Row, SceneReader, each_window, gdal_options, to_device, to_host
 from .stages import Stages
 from .windows import Grid, blend_rows, blend_weights
@@ -44,8 +44,9 @@ class SceneReport:
         seconds: of this run.
         inference_seconds: of these, until the last window's rows were stored; then the results were put together.
         stages: seconds of each stage. "wait for reading" and "wait for storing" are those in which no window could be
-            handed to the device; "overviews", "maps", "polygons" and "picture" follow the last window; "read", "device"
-            (waiting for results of it), "store" and "pack" are of other threads, the last summed over several.
+            handed to the device; "last overviews", "maps", "picture" (beside the maps) and "polygons" follow the last
+            window; "read", "device" (waiting for its results), "store", "pack" and "overviews" are of other threads,
+            "pack" the sum of several.
     """
 
     files: SceneFiles
@@ -158,14 +159,15 @@ def segment_raster(
         (panel, run, grid.rows_for(run.start * STRIP, min(run.stop * STRIP, grid.height)))
         for panel in range(len(grid.panels)) for run in parts.missing(panel, rank, world_size)
     ]  # fmt: skip
+    strips = _Strips(parts, reader, planned_maps(files), stages)
+    assembly = Assembly(files, reader.profile, segmentor, strips.packed)
+    bar = parts.progress(source, [(panel, rows) for panel, _, rows in planned], progress and rank == 0)
     try:
-        with (
-            parts.progress(source, [(panel, rows) for panel, _, rows in planned], progress and rank == 0) as bar,
-            Writer(THREADS) as packer, Writer() as writer,
-        ):  # fmt: skip
-            strips = _Strips(parts, reader, planned_maps(files), writer, packer, stages)
-            boxes = [(grid.panels[panel], rows) for panel, _, rows in planned]
-            with closing(each_window(reader, grid, boxes, batch_size, look, bar, stages)) as scores:
+        with bar, assembly, strips:
+            if world_size == 1:
+                strips.assembly = assembly
+            where = [(grid.panels[panel], rows) for panel, _, rows in planned]
+            with closing(each_window(reader, grid, where, batch_size, look, bar, stages)) as scores:
                 for panel, run, rows in planned:
                     columns = grid.panels[panel]
                     blended = blend_rows(
@@ -183,16 +185,13 @@ def segment_raster(
 
                     strips.store(panel, run, finished())
                     strips.submit(strips.remove_edges, panel, rows)
-            with stages("wait for storing"):
-                writer.finish()
-                packer.finish()
+            strips.finish()
             inference = time.monotonic() - begun
             barrier()
             if rank == 0:
                 pixels, hectares = write_products(
-                    files, reader.profile, strips.packed, strips.view, segmentor, stages,
-                    source=source, simplify=simplify, min_area=min_area,
-                )  # fmt: skip
+                    assembly, strips.view, stages, source=source, simplify=simplify, min_area=min_area
+                )
     except OSError as error:
         raise UserError(f"cannot write to {files.work.parent}: {error.strerror or error}") from error
     parts.close(rank)
@@ -205,17 +204,30 @@ class _Strips:
     """Finished rows of the scene, ``STRIP`` to a part, what neighbouring groups of window columns share, and tiles of
     the maps, packed when the last group that has some of their pixels is stored."""
 
-    def __init__(
-        self, parts: Parts, reader: SceneReader, maps: list[Map], writer: Writer, packer: Writer, stages: Stages
-    ) -> None:
-        self.parts, self.reader, self.grid, self.maps = parts, reader, parts.grid, maps
-        self.writer, self.packer, self.stages = writer, packer, stages
+    def __init__(self, parts: Parts, reader: SceneReader, maps: list[Map], stages: Stages) -> None:
+        self.parts, self.reader, self.grid, self.maps, self.stages = parts, reader, parts.grid, maps, stages
+        self.assembly: Assembly | None = None  # takes rows of tiles as they are packed
+        self._writer, self._packer, self._assembler = Writer(), Writer(THREADS), Writer()
         self._edges: dict[Path, Future] = {}
+        self._packing: dict[Path, Future] = {}
+
+    def __enter__(self) -> _Strips:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in (self._writer, self._packer, self._assembler):
+            writer.close()
+
+    def finish(self) -> None:
+        """Waits until all is stored, and raises what went wrong."""
+        with self.stages("wait for storing"):
+            for writer in (self._writer, self._packer, self._assembler):
+                writer.finish()
 
     def submit(self, job: Callable[..., None], *args: Any) -> Future:
         """One thread stores in order: no part is there before what its neighbour, or the picture, needs of its rows."""
         with self.stages("wait for storing"):
-            return self.writer.submit(job, *args)
+            return self._writer.submit(job, *args)
 
     def store(self, panel: int, run: range, blocks: Iterator[tuple[int, Tensor]]) -> None:
         """Cuts blocks of rows (planes, rows, width) into the parts of ``run``; what lies outside is dropped."""
@@ -234,7 +246,13 @@ class _Strips:
             planes = found()
         with self.stages("store"):
             self.parts.save(self.parts.path(panel, index), planes)
-            self.packer.submit(self._pack, panel, index)
+            self._packing[self._packed(panel, index)] = self._packer.submit(self._pack, panel, index)
+            if self.assembly is not None and panel == len(self.grid.panels) - 1:
+                self._assembler.submit(self._assemble, self.assembly, index)
+
+    def _assemble(self, assembly: Assembly, index: int) -> None:
+        with self.stages("overviews"):
+            assembly.add(index + 1)
 
     def _tiles(self, panel: int) -> range:
         """Numbers of the columns of tiles that end in a group's pixels."""
@@ -260,13 +278,16 @@ class _Strips:
         return self.parts.folder / f"tiles-{panel:03d}-{index:06d}.npz"
 
     def packed(self, index: int) -> list[Mapping[str, np.ndarray]]:
-        """See :func:`vision_mamba.geo.products.write_products`."""
+        """See :class:`vision_mamba.geo.products.Assembly`."""
         found = []
         for panel in range(len(self.grid.panels)):
             if self._tiles(panel):
-                if not self._packed(panel, index).exists():
-                    self._pack(panel, index)  # killed in between
-                found.append(np.load(self._packed(panel, index)))
+                path = self._packed(panel, index)
+                if path in self._packing:
+                    self._packing[path].result()
+                elif not path.exists():  # that run ended between storing and packing
+                    self._pack(panel, index)
+                found.append(np.load(path))
         return found
 
     def _view(self, panel: int, row: int) -> Path:
