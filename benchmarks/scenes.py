@@ -277,13 +277,11 @@ def main() -> None:
                 f"{row['scene_over_bare']:7.2f} {row['host_mib']:7.0f} {row['host_anonymous_mib']:7.0f} {gpu}",
                 flush=True,
             )
-            print(
-                f"{'':8}{row['seconds']:.1f} s, of them {row['inference_seconds']:.1f} s until the last window; seconds of"
+            stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in sorted(row["stages"].items()))
+            account = (
+                f"{row['seconds']:.1f} s, {row['inference_seconds']:.1f} s until the last window; of them {stages}"
             )
-            print(textwrap.fill(
-                ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in sorted(row["stages"].items())),
-                110, initial_indent=" " * 8, subsequent_indent=" " * 8,
-            ), flush=True)  # fmt: skip
+            print(textwrap.fill(account, 110, initial_indent=" " * 8, subsequent_indent=" " * 8), flush=True)
         for key in ("host_mib", "host_anonymous_mib", "gpu_mib"):
             if key in scenes[0]:
                 print(

@@ -23,7 +23,7 @@ from .windows import Grid
 
 #: Jobs of a writer that wait: those of two batches or so. A GPU that has them all behind it has nothing left to do.
 _WAITING = 8
-THREADS = min(8, os.cpu_count() or 1)  # that compress
+THREADS = min(4, os.cpu_count() or 1)  # that compress: enough for 1000 windows a second; each holds memory
 
 
 class Writer:
