@@ -23,7 +23,7 @@ TILE = 512  # pixels a side
 NODATA = 255
 _LEVEL = 1  # of zlib
 _AT_ONCE = 64  # tiles that are copied at once
-Tiles = Iterable[tuple[bytes | np.ndarray, Sequence[int]]]
+Tiles = Iterable[tuple[bytes | memoryview, Sequence[int]]]
 # Said right behind the header, so that readers trust the order: https://gdal.org/en/stable/drivers/raster/cog.html
 _LAYOUT = (
     b"LAYOUT=IFDS_BEFORE_DATA\nBLOCK_ORDER=ROW_MAJOR\nBLOCK_LEADER=SIZE_AS_UINT4\n"
@@ -46,7 +46,7 @@ def compress(planes: np.ndarray, numbers: bool) -> bytes:
     full[: planes.shape[1], : planes.shape[2]] = planes.transpose(1, 2, 0)
     if numbers:
         full = np.concatenate([full[:, :1], full[:, 1:] - full[:, :-1]], axis=1)
-    found = zlib.compress(full, _LEVEL)
+    found = zlib.compress(full.data, _LEVEL)
     return struct.pack("<I", len(found)) + found + found[-4:]
 
 

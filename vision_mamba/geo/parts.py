@@ -21,8 +21,8 @@ from vision_mamba.files import replacing
 from .reader import SceneReader
 from .windows import Grid
 
-#: Jobs of a writer that wait: those of two batches or so. A GPU that has them all behind it has nothing left to do.
-_WAITING = 8
+#: Jobs of a writer that wait, those of three batches or so: a GPU that has them all behind it has nothing left to do.
+_WAITING = 16
 THREADS = min(4, os.cpu_count() or 1)  # that compress: enough for 1000 windows a second; each holds memory
 
 
@@ -43,7 +43,7 @@ class Writer:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, job: Callable[..., None], *args: Any) -> Future:
-        """Jobs begin in order. Few ever wait (8, or as many as there are threads): that bounds memory, and brings a
+        """Jobs begin in order. Few ever wait (16, or as many as there are threads): that bounds memory, and brings a
         full disk to light."""
         future = self._pool.submit(job, *args)
         self._waiting.append(future)

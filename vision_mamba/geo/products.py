@@ -173,7 +173,7 @@ class Assembly:
         def tiles() -> Tiles:
             for index in range(self.rows):
                 for piece in self.packed(index):
-                    yield piece[f"tiles{number}"], piece[f"sizes{number}"].tolist()
+                    yield piece[f"tiles{number}"].data, piece[f"sizes{number}"].tolist()
 
         levels: list[Tiles] = [tiles(), *(overview.tiles(level) for level in range(len(overview.sizes)))]
         shapes = sizes(self.profile["height"], self.profile["width"])
