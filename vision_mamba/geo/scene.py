@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -163,7 +163,7 @@ def segment_raster(
     assembly = Assembly(files, reader.profile, segmentor, strips.packed)
     bar = parts.progress(source, [(panel, rows) for panel, _, rows in planned], progress and rank == 0)
     try:
-        with bar, assembly, strips:
+        with bar, assembly if rank == 0 else nullcontext(), strips:  # its files have one writer
             if world_size == 1:
                 strips.assembly = assembly
             where = [(grid.panels[panel], rows) for panel, _, rows in planned]
