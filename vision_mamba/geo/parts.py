@@ -23,14 +23,13 @@ from .windows import Grid
 
 #: Jobs of a writer that wait, those of three batches or so: a GPU that has them all behind it has nothing left to do.
 _WAITING = 16
-THREADS = min(4, os.cpu_count() or 1)  # that compress: enough for 1000 windows a second; each holds memory
 
 
 class Writer:
-    """Threads that store results while the next are computed; used as a context. One thread keeps their order."""
+    """A thread that stores results while the next are computed; used as a context."""
 
-    def __init__(self, threads: int = 1) -> None:
-        self._pool, self._waiting, self._most = ThreadPoolExecutor(threads), deque[Future](), max(_WAITING, threads + 1)
+    def __init__(self) -> None:
+        self._pool, self._waiting = ThreadPoolExecutor(1), deque[Future]()
 
     def __enter__(self) -> Writer:
         return self
@@ -39,15 +38,14 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads; what has not begun is dropped."""
+        """Ends the thread; what has not begun is dropped."""
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, job: Callable[..., None], *args: Any) -> Future:
-        """Jobs begin in order. Few ever wait (16, or as many as there are threads): that bounds memory, and brings a
-        full disk to light."""
+        """Jobs are done in order. At most 16 wait: that bounds memory, and brings a full disk to light."""
         future = self._pool.submit(job, *args)
         self._waiting.append(future)
-        while len(self._waiting) > self._most:
+        while len(self._waiting) > _WAITING:
             self._waiting.popleft().result()
         return future
 
@@ -156,11 +154,6 @@ class Parts:
         # Two processes write what they share at the border of their rows, the same numbers under the same name.
         with replacing(path) as temporary:
             np.save(temporary, array)
-
-    def save_packed(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
-        """Alike, of several arrays."""
-        with replacing(path) as temporary:
-            np.savez(temporary, **arrays)  # type: ignore[arg-type]  # numpy's types take a name for allow_pickle
 
     def close(self, rank: int = 0) -> None:
         """Removes the folder, when all processes have arrived."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from vision_mamba.data.rasters import load_rasterio
 from vision_mamba.errors import UserError
 from vision_mamba.files import replacing
 
-from .cog import NODATA, TILE, Overviews, Tiles, across, compress, halved, make_template, sizes, write_cog
 from .models import Segmentor
-from .parts import THREADS
 from .reader import sampled
 from .stages import Stages
 
+TILE = 512  # pixels a side
+NODATA = 255
 _COLUMNS = 4096  # pixels of the scene's width that are read at once for a picture
 _POLYGONS = 20_000  # written at once
 _SHOWN = 1050  # pixels of the longer side of a quick look's halves, at most
@@ -61,141 +60,97 @@ class SceneFiles:
         return [path for path in found if path is not None]
 
 
-@dataclass(frozen=True)
-class Map:
-    """A map of a scene: the file, which of the planes it holds, and whether these are numbers (or else classes)."""
+class Maps:
+    """The maps of a scene in plain files among the unfinished ones, which GDAL makes the results of, and the pixels a
+    class. Used as a context, by one thread at a time."""
 
-    path: Path
-    planes: slice
-    numbers: bool
-
-
-def planned_maps(files: SceneFiles) -> list[Map]:
-    """The maps of a scene whose planes are class, confidence and then probabilities."""
-    found = (
-        (files.classes, slice(0, 1), False),
-        (files.confidence, slice(1, 2), True),
-        (files.probabilities, slice(2, None), True),
-    )
-    return [Map(path, planes, numbers) for path, planes, numbers in found if path is not None]
-
-
-def pack(planes: np.ndarray, maps: Sequence[Map]) -> dict[str, np.ndarray]:
-    """What :class:`Assembly` makes the maps of, from some tiles of a row of them.
-
-    Args:
-        planes: uint8 (planes, rows, columns): class, confidence, then probabilities, NODATA where there is no data; of
-            whole tiles but at the scene's ends.
-        maps: what is made of them.
-
-    Returns:
-        "counts": (rows, 256) pixels a class; and of each map, by its number, the compressed tiles ("tiles0"), how long
-        each is ("sizes0"), and the pixels of the first overview ("half0").
-    """
-    rows, tiles = planes.shape[1], across(planes)
-    counts = np.zeros((rows, 256), np.int64)
-    for tile in tiles:
-        keys = tile[0].astype(np.intp)
-        keys += 256 * np.arange(rows)[:, None]
-        counts += np.bincount(keys.ravel(), minlength=256 * rows).reshape(rows, 256)
-    found = {"counts": counts}
-    for i, item in enumerate(maps):
-        blocks = [compress(tile[item.planes], item.numbers) for tile in tiles]
-        found[f"tiles{i}"] = np.frombuffer(b"".join(blocks), np.uint8)
-        found[f"sizes{i}"] = np.array(list(map(len, blocks)), np.int64)
-        found[f"half{i}"] = np.concatenate([halved(tile[item.planes], item.numbers) for tile in tiles], axis=2)
-    return found
-
-
-class Assembly:
-    """The maps of a scene from what :func:`pack` makes of its rows of tiles, and the pixels a class.
-
-    Used as a context; overviews grow while the scene is still being segmented.
-    """
-
-    def __init__(
-        self,
-        files: SceneFiles,
-        profile: dict[str, Any],
-        segmentor: Segmentor,
-        packed: Callable[[int], list[Mapping[str, np.ndarray]]],
-    ) -> None:
+    def __init__(self, files: SceneFiles, profile: dict[str, Any], segmentor: Segmentor) -> None:
         """
         Args:
             files: of the scene.
             profile: the scene's crs, transform, width and height.
             segmentor: its classes and colours.
-            packed: gives for the number of a row of tiles what :func:`pack` made of them, from the left to the right.
         """
-        self.files, self.profile, self.packed = files, profile, packed
-        self.classes, self.palette, self.maps = list(segmentor.classes), segmentor.colours(), planned_maps(files)
-        self.rows = -(-profile["height"] // TILE)
-        areas = pixel_areas(profile)
+        self.files, self.profile = files, profile
+        self.classes, self.palette = list(segmentor.classes), segmentor.colours()
+        self.areas = pixel_areas(profile)
         self.pixels = np.zeros(len(self.classes), np.int64)
-        self.hectares = None if areas is None else np.zeros(len(self.classes))
-        self._areas, self._done, self._bytes = areas, 0, [0] * len(self.maps)
+        self.hectares = None if self.areas is None else np.zeros(len(self.classes))
+        planes = (
+            (files.classes, slice(0, 1)), (files.confidence, slice(1, 2)), (files.probabilities, slice(2, None)),
+        )  # fmt: skip
+        self.planes = {path: where for path, where in planes if path is not None}
+        self._totals = dict.fromkeys(self.planes, 0)
 
-    def __enter__(self) -> Assembly:
+    def __enter__(self) -> Maps:
         with ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(THREADS))
-            self._overviews = [
-                stack.enter_context(closing(Overviews(
-                    self.profile["height"], self.profile["width"], item.numbers, self.files.work, i, pool
-                )))
-                for i, item in enumerate(self.maps)
-            ]  # fmt: skip
+            self._plain = {path: stack.enter_context(self._create(path)) for path in self.planes}
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def add(self, until: int) -> None:
-        """Takes the rows of tiles before ``until``, each once."""
-        for index in range(self._done, until):
-            pieces = self.packed(index)
-            counts = np.sum([piece["counts"] for piece in pieces], axis=0)[:, : len(self.classes)]
-            self.pixels += counts.sum(0)
-            if self.hectares is not None and self._areas is not None:
-                self.hectares += self._areas[index * TILE : index * TILE + len(counts)] @ counts / 1e4
-            for i, overview in enumerate(self._overviews):
-                self._bytes[i] += sum(int(piece[f"sizes{i}"].sum()) for piece in pieces)
-                overview.add(np.concatenate([piece[f"half{i}"] for piece in pieces], axis=2))
-            self._done = index + 1
-
-    def write(self, number: int) -> None:
-        """Writes a map, when all rows are there."""
-        item, overview = self.maps[number], self._overviews[number]
-        template = self.files.work / f"template-{number}.tif"
-        bands = len(self.classes) if item.path == self.files.probabilities else 1
-        make_template(template, self.profile, bands, item.numbers, partial(self._describe, item))
-
-        def tiles() -> Tiles:
-            for index in range(self.rows):
-                for piece in self.packed(index):
-                    yield piece[f"tiles{number}"].data, piece[f"sizes{number}"].tolist()
-
-        levels: list[Tiles] = [tiles(), *(overview.tiles(level) for level in range(len(overview.sizes)))]
-        shapes = sizes(self.profile["height"], self.profile["width"])
-        total = self._bytes[number] + sum(map(sum, overview.sizes))
-        with replacing(item.path) as temporary:
-            write_cog(temporary, template, list(zip(shapes, levels, strict=True)), total)
-
-    def _describe(self, item: Map, file) -> None:
-        """Sets colours, names and scales of an open raster."""
-        if not item.numbers:
+    def _create(self, path: Path) -> Any:
+        """A map's plain file, open. Not compressed: GDAL's COG driver compresses in any case, with all threads."""
+        names = self.classes if path == self.files.probabilities else ["confidence"]
+        file = load_rasterio().open(
+            self.files.work / path.name, "w", driver="GTiff", dtype="uint8", nodata=NODATA, count=len(names),
+            tiled=True, blockxsize=TILE, blockysize=TILE, sparse_ok=True, bigtiff="if_safer",
+            interleave="band",  # else each tile is read once a band
+            photometric="minisblack",  # else the fourth of four classes is taken for opacity
+            **self.profile,
+        )  # fmt: skip
+        if path == self.files.classes:
             colours = {i: (*rgb, 255) for i, rgb in enumerate(self.palette)}
             file.write_colormap(1, {NODATA: (0, 0, 0, 0), **colours})
             file.update_tags(**{f"CLASS_{i}": name for i, name in enumerate(self.classes)})
-            return
-        for band in file.indexes:
-            name = self.classes[band - 1] if item.path == self.files.probabilities else "confidence"
-            file.set_band_description(band, name)
-        file.scales = (1 / 254,) * file.count
+        else:
+            file.descriptions, file.scales = names, (1 / 254,) * file.count
+        return file
+
+    def add(self, top: int, left: int, planes: np.ndarray) -> None:
+        """Takes pixels of the scene, each once.
+
+        Args:
+            top, left: the first row and column.
+            planes: uint8 (planes, rows, columns): class, confidence, then probabilities, NODATA where there is no data.
+        """
+        box = load_rasterio().windows.Window(left, top, planes.shape[2], planes.shape[1])
+        for path, file in self._plain.items():
+            mine = planes[self.planes[path]]
+            file.write(mine, window=box)
+            self._totals[path] += int(mine.sum(dtype=np.int64))
+        counts = np.stack([np.bincount(row, minlength=256)[: len(self.classes)] for row in planes[0]])
+        self.pixels += counts.sum(0)
+        if self.hectares is not None and self.areas is not None:
+            self.hectares += self.areas[top : top + len(counts)] @ counts / 1e4
+
+    def write(self, path: Path) -> None:
+        """Writes one of the results, when all pixels are there.
+
+        Raises:
+            OSError: not all of it could be written.
+        """
+        from rasterio.shutil import copy
+
+        classes, plain, whole = path == self.files.classes, self.files.work / path.name, self.files.work / "cog.tif"
+        self._plain[path].close()
+        copy(
+            plain, whole, driver="COG", compress="deflate", level=1, predictor="no" if classes else "yes",
+            blocksize=TILE, overview_resampling="mode" if classes else "average", bigtiff="if_safer",
+            num_threads="all_cpus",
+        )  # fmt: skip
+        # GDAL closes a file without an error where its last tiles could not be written.
+        with load_rasterio().open(whole) as file:
+            total = sum(int(file.read(window=box).sum(dtype=np.int64)) for _, box in file.block_windows(1))
+        if total != self._totals[path]:
+            raise OSError(f"{path.name} could not be written whole; is the disk full?")
+        os.replace(whole, path)
 
 
 def write_products(
-    assembly: Assembly,
+    maps: Maps,
     view: Callable[[], np.ndarray],
     stages: Stages,
     *,
@@ -206,7 +161,7 @@ def write_products(
     """Writes every result, each under a temporary name first.
 
     Args:
-        assembly: of the scene, whose tiles are all packed.
+        maps: of the scene, with all pixels.
         view: gives the scene for the picture, (3, rows, columns) float32, NaN where there is no data.
         source: the scene's name, for errors.
         simplify, min_area: see :func:`write_polygons`.
@@ -217,23 +172,21 @@ def write_products(
     Raises:
         UserError: nothing but nodata.
     """
-    files, classes, palette = assembly.files, assembly.classes, assembly.palette
-    with stages("last overviews"):
-        assembly.add(assembly.rows)
-    pixels, hectares = assembly.pixels, assembly.hectares
+    files, classes, pixels, hectares = maps.files, maps.classes, maps.pixels, maps.hectares
     if not pixels.sum():
         raise UserError(f"{source} holds nothing but nodata: there is nothing to segment")
 
     def draw() -> None:
         with stages("picture"), replacing(files.picture) as temporary:
-            quick_look(stretched(view()), files.classes, classes, palette, temporary)
+            quick_look(stretched(view()), files.classes, classes, maps.palette, temporary)
 
     with ThreadPoolExecutor(1) as pool:
         with stages("maps"):
-            assembly.write(0)
+            first, *others = maps.planes
+            maps.write(first)
             drawn = pool.submit(draw)  # of the classes alone
-            for number in range(1, len(assembly.maps)):
-                assembly.write(number)
+            for path in others:  # together they would be faster, and hold twice the memory
+                maps.write(path)
         drawn.result()
     if files.polygons is not None:
         with stages("polygons"), replacing(files.polygons) as temporary:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -20,10 +20,9 @@ from torch.nn import functional as F
 from vision_mamba.engine.distributed import barrier
 from vision_mamba.errors import UserError
 
-from .cog import NODATA, TILE
 from .models import TTA, Segmentor
-from .parts import THREADS, Parts, Writer
-from .products import Assembly, Map, SceneFiles, pack, planned_maps, write_products
+from .parts import Parts, Writer
+from .products import NODATA, TILE, Maps, SceneFiles, write_products
 from .reader import Batch, Row, SceneReader, each_window, gdal_options, to_device, to_host
 from .stages import Stages
 from .windows import Grid, blend_rows, blend_weights
@@ -44,9 +43,9 @@ class SceneReport:
         seconds: of this run.
         inference_seconds: of these, until the last window's rows were stored; then the results were put together.
         stages: seconds of each stage. "wait for reading" and "wait for storing" are those in which no window could be
-            handed to the device; "last overviews", "maps", "picture" (beside the maps) and "polygons" follow the last
-            window; "read", "device" (waiting for its results), "store", "pack" and "overviews" are of other threads,
-            "pack" the sum of several.
+            handed to the device; "read", "device" (waiting for its results), "store" and "collect" (pixels for the
+            maps; those of an earlier run or of another process after the last window) are of other threads; "maps",
+            "picture" (beside the maps) and "polygons" follow the last window.
     """
 
     files: SceneFiles
@@ -159,13 +158,11 @@ def segment_raster(
         (panel, run, grid.rows_for(run.start * STRIP, min(run.stop * STRIP, grid.height)))
         for panel in range(len(grid.panels)) for run in parts.missing(panel, rank, world_size)
     ]  # fmt: skip
-    strips = _Strips(parts, reader, planned_maps(files), stages)
-    assembly = Assembly(files, reader.profile, segmentor, strips.packed)
+    maps = Maps(files, reader.profile, segmentor) if rank == 0 else None
+    strips = _Strips(parts, maps, stages)
     bar = parts.progress(source, [(panel, rows) for panel, _, rows in planned], progress and rank == 0)
     try:
-        with bar, assembly if rank == 0 else nullcontext(), strips:  # its files have one writer
-            if world_size == 1:
-                strips.assembly = assembly
+        with bar, maps or nullcontext(), strips:
             where = [(grid.panels[panel], rows) for panel, _, rows in planned]
             with closing(each_window(reader, grid, where, batch_size, look, bar, stages)) as scores:
                 for panel, run, rows in planned:
@@ -188,9 +185,10 @@ def segment_raster(
             strips.finish()
             inference = time.monotonic() - begun
             barrier()
-            if rank == 0:
+            if maps is not None:
+                strips.collect_rest(maps)
                 pixels, hectares = write_products(
-                    assembly, strips.view, stages, source=source, simplify=simplify, min_area=min_area
+                    maps, strips.view, stages, source=source, simplify=simplify, min_area=min_area
                 )
     except OSError as error:
         raise UserError(f"cannot write to {files.work.parent}: {error.strerror or error}") from error
@@ -201,27 +199,26 @@ def segment_raster(
 
 
 class _Strips:
-    """Finished rows of the scene, ``STRIP`` to a part, what neighbouring groups of window columns share, and tiles of
-    the maps, packed when the last group that has some of their pixels is stored."""
+    """Finished rows of the scene, ``STRIP`` to a part, what neighbouring groups of window columns share, and the maps,
+    which take what is stored (None in all processes but the first)."""
 
-    def __init__(self, parts: Parts, reader: SceneReader, maps: list[Map], stages: Stages) -> None:
-        self.parts, self.reader, self.grid, self.maps, self.stages = parts, reader, parts.grid, maps, stages
-        self.assembly: Assembly | None = None  # takes rows of tiles as they are packed
-        self._writer, self._packer, self._assembler = Writer(), Writer(THREADS), Writer()
+    def __init__(self, parts: Parts, maps: Maps | None, stages: Stages) -> None:
+        self.parts, self.maps, self.grid, self.stages = parts, maps, parts.grid, stages
+        self._writer, self._collector = Writer(), Writer()
         self._edges: dict[Path, Future] = {}
-        self._packing: dict[Path, Future] = {}
+        self._collected: set[tuple[int, int]] = set()
 
     def __enter__(self) -> _Strips:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for writer in (self._writer, self._packer, self._assembler):
+        for writer in (self._writer, self._collector):
             writer.close()
 
     def finish(self) -> None:
         """Waits until all is stored, and raises what went wrong."""
         with self.stages("wait for storing"):
-            for writer in (self._writer, self._packer, self._assembler):
+            for writer in (self._writer, self._collector):
                 writer.finish()
 
     def submit(self, job: Callable[..., None], *args: Any) -> Future:
@@ -246,49 +243,21 @@ class _Strips:
             planes = found()
         with self.stages("store"):
             self.parts.save(self.parts.path(panel, index), planes)
-            self._packing[self._packed(panel, index)] = self._packer.submit(self._pack, panel, index)
-            if self.assembly is not None and panel == len(self.grid.panels) - 1:
-                self._assembler.submit(self._assemble, self.assembly, index)
+        if self.maps is not None:
+            self._collector.submit(self._collect, self.maps, panel, index)
 
-    def _assemble(self, assembly: Assembly, index: int) -> None:
-        with self.stages("overviews"):
-            assembly.add(index + 1)
+    def _collect(self, maps: Maps, panel: int, index: int) -> None:
+        with self.stages("collect"):
+            planes = np.load(self.parts.path(panel, index), mmap_mode="r")  # what waits to be collected is in no memory
+            maps.add(index * STRIP, self.grid.pixels(self.grid.panels[panel]).start, planes)
+            self._collected.add((panel, index))
 
-    def _tiles(self, panel: int) -> range:
-        """Numbers of the columns of tiles that end in a group's pixels."""
-        columns = self.grid.pixels(self.grid.panels[panel])
-        last = panel == len(self.grid.panels) - 1
-        return range(columns.start // TILE, -(-columns.stop // TILE) if last else columns.stop // TILE)
-
-    def _pack(self, panel: int, index: int) -> None:
-        tiles = self._tiles(panel)
-        if not tiles:
-            return
-        with self.stages("pack"):
-            pieces = []
-            for i, columns in enumerate(self.grid.panels[: panel + 1]):
-                pixels = self.grid.pixels(columns)
-                if pixels.stop > tiles.start * TILE:
-                    here = slice(max(tiles.start * TILE - pixels.start, 0), max(tiles.stop * TILE - pixels.start, 0))
-                    pieces.append(np.load(self.parts.path(i, index), mmap_mode="r")[:, :, here])
-            packed = pack(np.concatenate(pieces, axis=2), self.maps)
-            self.parts.save_packed(self._packed(panel, index), packed)
-
-    def _packed(self, panel: int, index: int) -> Path:
-        return self.parts.folder / f"tiles-{panel:03d}-{index:06d}.npz"
-
-    def packed(self, index: int) -> list[Mapping[str, np.ndarray]]:
-        """See :class:`vision_mamba.geo.products.Assembly`."""
-        found = []
+    def collect_rest(self, maps: Maps) -> None:
+        """The maps take what an earlier run or another process stored."""
         for panel in range(len(self.grid.panels)):
-            if self._tiles(panel):
-                path = self._packed(panel, index)
-                if path in self._packing:
-                    self._packing[path].result()
-                elif not path.exists():  # that run ended between storing and packing
-                    self._pack(panel, index)
-                found.append(np.load(path))
-        return found
+            for index in range(self.parts.count):
+                if (panel, index) not in self._collected:
+                    self._collect(maps, panel, index)
 
     def _view(self, panel: int, row: int) -> Path:
         return self.parts.folder / f"view-{panel:03d}-{row:06d}.npy"
