@@ -10,7 +10,8 @@ values) in a tiled GeoTIFF. The model is a pyramid of ours, a 1x1 convolution on
 with random weights, under bfloat16 autocast on a GPU. Each scene is segmented by a process of its own: its peaks of
 resident memory (VmHWM, and RssAnon by sampling) and of the GPU's memory are of that scene alone. "bare" is the model
 on windows that lie on the device, before and after the scene; "scene" is segment_raster while it reads, infers, blends
-and stores; "whole" is all of it, with the maps written. What the stages are: vision_mamba.geo.scene.SceneReport.
+and stores; "whole" is all of it, with the maps written. On a GPU once eagerly and once with cuda_graphs=True, the bare
+model as well. What the stages are: vision_mamba.geo.scene.SceneReport.
 
 The large window is seen in one pass and in small windows, without overlap and blended over a quarter. "agreement" is
 the share of pixels that have the one pass's class; "seams" is the mean step of the probabilities across the small
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from torch.nn import functional as F
 import vision_mamba  # noqa: F401  # registers the models
 from benchmarks.report import write_results
 from vision_mamba.data.rasters import load_rasterio
+from vision_mamba.engine.graphs import InferenceGraph
 from vision_mamba.errors import UserError, run_main
 from vision_mamba.geo import Segmentor, segment_raster
 from vision_mamba.geo.reader import SceneReader
@@ -110,7 +113,9 @@ def seconds(device: torch.device, run: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def measure_scene(name: str, path: Path, device: torch.device, window: int, batch_size: int) -> dict[str, Any]:
+def measure_scene(
+    name: str, path: Path, device: torch.device, window: int, batch_size: int, cuda_graphs: bool
+) -> dict[str, Any]:
     """In a process of its own: throughput and memory of one scene."""
     segmentor = make_segmentor(name, device)
     reader = SceneReader(path, segmentor, (BLACK, WHITE))
@@ -119,6 +124,7 @@ def measure_scene(name: str, path: Path, device: torch.device, window: int, batc
 
     def bare() -> float:
         """Windows a second; nothing of it stays on the device."""
+        model = InferenceGraph(segmentor.model) if cuda_graphs else segmentor.model
         size = min(batch_size, count)
         with closing(reader.batches(grid, grid.panels[0], range(len(grid.tops)), size)) as batches:
             inputs = [reader.normalised(batch) for _, batch in zip(range(4), batches, strict=False)]
@@ -128,11 +134,11 @@ def measure_scene(name: str, path: Path, device: torch.device, window: int, batc
         def run() -> None:
             with torch.inference_mode(), segmentor.autocast():
                 for i in range(passes):
-                    segmentor.model(inputs[i % len(inputs)])
+                    model(inputs[i % len(inputs)])
 
         with torch.inference_mode(), segmentor.autocast():
             for _ in range(3):
-                segmentor.model(inputs[0])  # kernels are compiled and chosen
+                model(inputs[0])  # kernels are compiled and chosen
         return passes * size / seconds(device, run)
 
     before = bare()
@@ -151,7 +157,7 @@ def measure_scene(name: str, path: Path, device: torch.device, window: int, batc
     try:
         report = segment_raster(
             path, path.with_suffix(".out"), segmentor, window=window, batch_size=batch_size, value_range=(BLACK, WHITE),
-            overwrite=True, progress=False,
+            overwrite=True, cuda_graphs=cuda_graphs, progress=False,
         )  # fmt: skip
     finally:
         over.set()
@@ -163,7 +169,8 @@ def measure_scene(name: str, path: Path, device: torch.device, window: int, batc
     bare_speed = (before + bare()) / 2
     scene_speed = report.windows / report.inference_seconds
     return {
-        "model": name, "side": reader.width, "windows": report.windows, "bare": bare_speed, "scene": scene_speed,
+        "model": name, "cuda_graphs": cuda_graphs, "side": reader.width, "windows": report.windows, "bare": bare_speed,
+        "scene": scene_speed,
         "whole": report.windows / report.seconds, "scene_over_bare": scene_speed / bare_speed, **held,
         "seconds": report.seconds, "inference_seconds": report.inference_seconds, "stages": report.stages,
     }  # fmt: skip
@@ -189,7 +196,7 @@ def measure_window(name: str, path: Path, device: torch.device, window: int, bat
             for i in range(0, len(corners), batch_size):
                 cut = [x[0, :, top : top + window, left : left + window] for top, left in corners[i : i + batch_size]]
                 with torch.inference_mode():
-                    yield from segmentor.probabilities(torch.stack(cut))
+                    yield from segmentor.probabilities(torch.stack(cut)).mul_(weights)
 
         def run() -> Tensor:
             blocks = blend_rows(grid, range(len(grid.tops)), scores(), weights)
@@ -267,9 +274,10 @@ def main() -> None:
         path = Path(folder) / "scene.tif"
         print(f"{'':15} {'windows/s':>8} {'':17} {'':8}MiB at the peak")
         print("  side  windows     bare    scene    whole  / bare     RSS    anon     GPU")
-        for side in sides:
-            write_scene(args.picture, path, side)
-            row = alone(measure_scene, names[0], path, device, window, batch_size)
+        for side, cuda_graphs in product(sides, (False, True) if device.type == "cuda" else (False,)):
+            if not cuda_graphs:
+                write_scene(args.picture, path, side)
+            row = alone(measure_scene, names[0], path, device, window, batch_size, cuda_graphs)
             scenes.append(row)
             gpu = f"{row['gpu_mib']:7.0f}" if "gpu_mib" in row else f"{'':7}"
             print(
@@ -281,12 +289,13 @@ def main() -> None:
             account = (
                 f"{row['seconds']:.1f} s, {row['inference_seconds']:.1f} s until the last window; of them {stages}"
             )
+            account = "by a CUDA graph, " * cuda_graphs + account
             print(textwrap.fill(account, 110, initial_indent=" " * 8, subsequent_indent=" " * 8), flush=True)
-        for key in ("host_mib", "host_anonymous_mib", "gpu_mib"):
-            if key in scenes[0]:
-                print(
-                    f"  {key}: {scenes[-1][key] / scenes[0][key] - 1:+.1%} from {sides[0]} to {sides[-1]} pixels a side"
-                )
+        for cuda_graphs in sorted({row["cuda_graphs"] for row in scenes}):
+            mine = [row for row in scenes if row["cuda_graphs"] == cuda_graphs]
+            first, last = mine[0], mine[-1]
+            growth = ", ".join(f"{key} {last[key] / first[key] - 1:+.1%}" for key in first if key.endswith("_mib"))
+            print(f"  from {sides[0]} to {sides[-1]} pixels a side{', by a CUDA graph' * cuda_graphs}: {growth}")
         write_scene(args.picture, path, large)
         print(f"\n{'model':24} {'windows':24} {'ms':>9} {'MiB':>8} {'agreement':>10} {'seams':>7}")
         for name in names:

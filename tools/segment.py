@@ -35,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
         "--simplify", type=float, default=1.0, metavar="PIXELS", help="of outlines (default: %(default)s)"
     )
     parser.add_argument("--min-area", type=float, default=0.0, metavar="M2", help="smallest outline, square metres")
+    parser.add_argument(
+        "--cuda-graphs", action=argparse.BooleanOptionalAction,
+        help="replay the model's passes as a CUDA graph (default: where the model can be captured)",
+    )  # fmt: skip
     exported = parser.add_argument_group("exported models only, where the file does not say it")
     exported.add_argument("--classes", nargs="+", help="names in the order of the scores")
     exported.add_argument("--mean", type=float, nargs="+", help="a value a band")
@@ -61,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             blend=args.blend, tta=args.tta, scales=args.scales, value_range=args.value_range,
             probabilities=args.probabilities, polygons=args.polygons, simplify=args.simplify,
             min_area=args.min_area, resume=args.resume, overwrite=args.overwrite, rank=rank, world_size=world_size,
+            cuda_graphs=args.cuda_graphs,
         )  # fmt: skip
         if rank == 0:
             print_report(scene, report)

@@ -59,7 +59,7 @@ def network(bands=3, classes=3):
 
 
 def segmentor(**options):
-    return Segmentor(model=network(), classes=CLASSES, mean=MEAN, std=STD, **options)
+    return Segmentor(**{"model": network(), **options}, classes=CLASSES, mean=MEAN, std=STD)
 
 
 def read(path):
@@ -85,11 +85,11 @@ def test_blending_is_the_weighted_mean(height, width, window, overlap, kind):
     weights = blend_weights(window, overlap, kind)
     torch.manual_seed(0)
     corners = [(y, x) for y in grid.tops for x in grid.lefts]
-    scores = [torch.rand(2, window, window) for _ in corners]
+    scores = [torch.rand(2, window, window) * weights for _ in corners]
     total, weight = torch.zeros(2, height, width, dtype=torch.float64), torch.zeros(height, width, dtype=torch.float64)
     for (y, x), score in zip(corners, scores, strict=True):
         h, w = min(window, height - y), min(window, width - x)
-        total[:, y : y + h, x : x + w] += (score * weights)[:, :h, :w].double()
+        total[:, y : y + h, x : x + w] += score[:, :h, :w].double()
         weight[y : y + h, x : x + w] += weights[:h, :w].double()
     assert (weight > 0).all()
     blocks = list(blend_rows(grid, range(len(grid.tops)), scores, weights))
@@ -107,7 +107,7 @@ def test_blending_group_by_group_is_the_same(monkeypatch, overlap, panel):
     """Groups of window columns, each handed what the one before shares with it: to the last bit."""
     torch.manual_seed(0)
     grid, weights = Grid(45, 90, 16, overlap), blend_weights(16, overlap, "cosine")
-    scores = {(r, c): torch.rand(2, 16, 16) for r in range(len(grid.tops)) for c in range(len(grid.lefts))}
+    scores = {(r, c): torch.rand(2, 16, 16) * weights for r in range(len(grid.tops)) for c in range(len(grid.lefts))}
 
     def blend(columns, **edges):
         mine = [scores[r, c] for r in range(len(grid.tops)) for c in columns]
@@ -174,6 +174,44 @@ def test_interrupted_run_goes_on_in_groups_of_columns(tiles, tmp_path, monkeypat
     for name in ("classes", "confidence", "probabilities"):
         assert np.array_equal(read(getattr(again.files, name)), read(getattr(in_threes.files, name)))
     assert again.windows < 24 and not list((tmp_path / "again").glob(".*"))
+
+
+@pytest.mark.gpu
+def test_graphs_segment_as_eager_passes_do(tiles, tmp_path):
+    """On a GPU, and both as a CPU does it, but for the order of sums."""
+    bands = mosaic(tiles, 700, 530)
+    bands[:, :300, :300] = 0  # the first passes see nothing
+    scene = write(tmp_path / "scene.tif", bands, nodata=0)
+    options = dict(window=128, batch_size=3, tta="flips", probabilities=True, progress=False)
+    on_cpu = segment_raster(scene, tmp_path / "cpu", segmentor(), **options)
+    there = segmentor(device="cuda", model=network().cuda())
+    eager = segment_raster(scene, tmp_path / "eager", there, cuda_graphs=False, **options)
+    graphs = segment_raster(scene, tmp_path / "graphs", there, **options)
+    for name in ("classes", "confidence", "probabilities"):
+        assert np.array_equal(read(getattr(eager.files, name)), read(getattr(graphs.files, name)))
+    found, wanted = (read(run.files.probabilities).astype(int) for run in (graphs, on_cpu))
+    assert np.abs(found - wanted).max() <= 1 and (found != wanted).mean() < 0.01
+
+
+@pytest.mark.gpu
+def test_a_model_that_cannot_be_captured_runs_eagerly(tiles, tmp_path):
+    scene = write(tmp_path / "scene.tif", mosaic(tiles, 300, 330))
+    options, net = dict(window=128, progress=False), network().cuda()
+    plain = segment_raster(scene, tmp_path / "plain", segmentor(device="cuda", model=net), **options)
+    waits = segmentor(device="cuda", model=lambda x: net(x) + 0 * float(x.mean()))
+    with pytest.raises(UserError, match="cannot be captured as a CUDA graph .*; leave cuda_graphs out"):
+        segment_raster(scene, tmp_path / "waits", waits, cuda_graphs=True, **options)
+    with pytest.warns(UserWarning, match="scene.tif: runs eagerly, for the model cannot be captured"):
+        found = segment_raster(scene, tmp_path / "waits", waits, overwrite=True, **options)
+    assert np.array_equal(read(found.files.classes), read(plain.files.classes))
+    torch.rand(3, device="cuda"), torch.cuda.synchronize()  # random numbers are drawn as before
+
+
+def test_graphs_want_a_gpu(tiles, tmp_path):
+    scene = write(tmp_path / "scene.tif", mosaic(tiles, 100, 130))
+    with pytest.raises(UserError, match="cuda_graphs wants a GPU, and the model is on cpu"):
+        segment_raster(scene, tmp_path / "out", segmentor(), cuda_graphs=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_gdal_cache_is_bounded_while_it_runs(tiles, tmp_path):

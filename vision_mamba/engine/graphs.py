@@ -1,4 +1,4 @@
-"""Training passes replayed as CUDA graphs: the same kernels, without Python launching each of them."""
+"""Passes replayed as CUDA graphs: the same kernels, without Python launching each of them."""
 
 from __future__ import annotations
 
@@ -138,6 +138,63 @@ class TrainingGraphs:
                 with torch.no_grad():
                     for buffer, value in buffers:
                         buffer.copy_(value)
+
+
+class CaptureError(RuntimeError):
+    """A function that CUDA graphs cannot repeat: it waits for the device, say."""
+
+
+class InferenceGraph:
+    """A function of one tensor, without gradients; its first call captures a CUDA graph, which every call replays.
+
+    All inputs must have the first one's shape and dtype. A result is overwritten by the next call. What the function
+    reads besides its input, such as parameters, stays where it is; values that are changed in place are seen.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        """
+        Args:
+            function: it must not look at values on the host.
+        """
+        self._function = function
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """
+        Raises:
+            CaptureError: the function cannot be captured; the device is as before.
+            ValueError: an input of another kind than the first.
+        """
+        if self._graph is None:
+            self._capture(x)
+        assert self._graph is not None
+        if (x.shape, x.dtype) != (self._input.shape, self._input.dtype):
+            raise ValueError(
+                f"captured for {tuple(self._input.shape)} {self._input.dtype}, given {tuple(x.shape)} {x.dtype}"
+            )
+        self._input.copy_(x)
+        self._graph.replay()
+        return self._output
+
+    def _capture(self, x: Tensor) -> None:
+        self._input, graph = x.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    self._function(self._input)
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.empty_cache()  # of the passes before: the graph's memory is its own
+            try:
+                # Other threads go on with theirs, such as reading ahead, while this one captures.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    self._output = self._function(self._input)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise CaptureError(f"cannot be captured as a CUDA graph ({str(error).splitlines()[0]})") from error
+        self._graph = graph
 
 
 class _Capture:

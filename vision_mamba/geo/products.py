@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vision_mamba.data.rasters import load_rasterio
 from vision_mamba.errors import UserError
@@ -85,6 +86,7 @@ class Maps:
     def __enter__(self) -> Maps:
         with ExitStack() as stack:
             self._plain = {path: stack.enter_context(self._create(path)) for path in self.planes}
+            self._pool = stack.enter_context(ThreadPoolExecutor(len(self.planes)))
             self._stack = stack.pop_all()
         return self
 
@@ -117,11 +119,19 @@ class Maps:
             planes: uint8 (planes, rows, columns): class, confidence, then probabilities, NODATA where there is no data.
         """
         box = load_rasterio().windows.Window(left, top, planes.shape[2], planes.shape[1])
-        for path, file in self._plain.items():
+
+        def write(path: Path) -> None:
             mine = planes[self.planes[path]]
-            file.write(mine, window=box)
+            self._plain[path].write(mine, window=box)
             self._totals[path] += int(mine.sum(dtype=np.int64))
-        counts = np.stack([np.bincount(row, minlength=256)[: len(self.classes)] for row in planes[0]])
+
+        written = [self._pool.submit(write, path) for path in self._plain]
+        # One call for all rows, which leaves Python to the thread that keeps the device busy.
+        classes = torch.arange(0, 256 * planes.shape[1], 256, dtype=torch.int32)[:, None] + torch.tensor(planes[0])
+        counts = torch.bincount(classes.flatten(), minlength=256 * len(classes)).numpy()
+        counts = counts.reshape(-1, 256)[:, : len(self.classes)]
+        for one in written:
+            one.result()
         self.pixels += counts.sum(0)
         if self.hectares is not None and self.areas is not None:
             self.hectares += self.areas[top : top + len(counts)] @ counts / 1e4

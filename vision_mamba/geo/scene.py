@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, nullcontext
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vision_mamba.engine.distributed import barrier
+from vision_mamba.engine.graphs import CaptureError, InferenceGraph
 from vision_mamba.errors import UserError
 
 from .models import TTA, Segmentor
@@ -79,6 +81,7 @@ def segment_raster(
     overwrite: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    cuda_graphs: bool | None = None,
     progress: bool = True,
 ) -> SceneReport:
     """Class map of a raster of any size, in its own coordinates.
@@ -105,17 +108,22 @@ def segment_raster(
         resume: go on with a run that was interrupted.
         overwrite: replace results that exist.
         rank, world_size: this process and how many share the scene; rank 0 writes the results.
+        cuda_graphs: replay the model's passes as a CUDA graph, as most models wait for Python in small batches. None:
+            on a GPU, where the model can be captured; it must not look at values on the host.
         progress: show windows a second and the time left.
 
     Raises:
         UserError: the raster cannot be read, has other bands than the model, or holds nothing but nodata;
-            results exist; options differ from the run to resume; the disk is full.
+            results exist; options differ from the run to resume; the disk is full; ``cuda_graphs`` without a GPU, or
+            for a model that cannot be captured.
         ValueError: an unknown ``blend``, ``tta`` or ``polygons``, a window and overlap that do not fit.
     """
     if tta not in TTA:
         raise ValueError(f"tta={tta!r}: allowed are {', '.join(map(repr, TTA))}")
     if polygons not in (None, "gpkg", "geojson"):
         raise ValueError(f"polygons={polygons!r}: allowed are 'gpkg', 'geojson' and None")
+    if cuda_graphs and torch.device(segmentor.device).type != "cuda":
+        raise UserError(f"cuda_graphs wants a GPU, and the model is on {segmentor.device}")
     overlap = window // 4 if overlap is None else overlap
     begun = time.monotonic()
     stages = Stages()
@@ -132,6 +140,22 @@ def segment_raster(
     views, num_classes = TTA[tta], len(segmentor.classes)
     seen, begun_rows = 0, dict[int, Row]()
 
+    def weighted(x: Tensor) -> Tensor:
+        return segmentor.probabilities(x, views, scales).mul_(weights)
+
+    graph = None if cuda_graphs is False or torch.device(segmentor.device).type != "cuda" else InferenceGraph(weighted)
+
+    def passed(x: Tensor) -> Tensor:
+        nonlocal graph
+        try:
+            return weighted(x) if graph is None else graph(x)
+        except CaptureError as error:
+            if cuda_graphs:
+                raise UserError(f"the model {error}; leave cuda_graphs out") from error
+            warnings.warn(f"{source}: runs eagerly, for the model {error}", stacklevel=2)
+            graph = None
+            return weighted(x)
+
     def finish(scores: Tensor, valid: np.ndarray | None) -> Tensor:
         best, index = scores.max(0)
         planes = [index.to(torch.uint8), (best * _FRACTIONS).round().to(torch.uint8)]
@@ -145,14 +169,13 @@ def segment_raster(
         seen += len(batch.empty)
         begun_rows.update(batch.rows)
         if batch.empty.all():
-            size = len(batch.empty), num_classes, window, window
-            return torch.full((), 1 / num_classes, device=segmentor.device).expand(size)
+            return (weights / num_classes).expand(len(batch.empty), num_classes, -1, -1)
         x = reader.normalised(batch)
         if len(x) < batch_size:
             # Always the same shape: some exported models take no other, and no kernel is chosen anew.
             x = F.pad(x, (0, 0) * 3 + (0, batch_size - len(x)))
         with torch.inference_mode():
-            return segmentor.probabilities(x, views, scales)[: len(batch.empty)]
+            return passed(x)[: len(batch.empty)]
 
     planned = [
         (panel, run, grid.rows_for(run.start * STRIP, min(run.stop * STRIP, grid.height)))
@@ -162,7 +185,8 @@ def segment_raster(
     strips = _Strips(parts, maps, stages)
     bar = parts.progress(source, [(panel, rows) for panel, _, rows in planned], progress and rank == 0)
     try:
-        with bar, maps or nullcontext(), strips:
+        # Entered here too, for all of it: what autocast casts of the weights is kept until then.
+        with bar, maps or nullcontext(), strips, segmentor.autocast():
             where = [(grid.panels[panel], rows) for panel, _, rows in planned]
             with closing(each_window(reader, grid, where, batch_size, look, bar, stages)) as scores:
                 for panel, run, rows in planned:
@@ -174,10 +198,13 @@ def segment_raster(
                     )  # fmt: skip
 
                     def finished(panel=panel, rows=rows, blended=blended) -> Iterator[tuple[int, Tensor]]:
-                        for row, (top, mean) in zip(rows, blended, strict=True):
+                        for row in rows:
+                            top, mean = next(blended)
                             valid, view = begun_rows.pop(row)
                             strips.save_view(panel, row, view)
-                            yield top, finish(mean, valid)
+                            found = finish(mean, valid)
+                            del mean  # as large as all that the next row adds up
+                            yield top, found
                         begun_rows.clear()  # the last batch of the group may hold windows that were not asked for
 
                     strips.store(panel, run, finished())

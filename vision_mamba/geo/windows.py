@@ -91,7 +91,7 @@ def blend_rows(
     Args:
         grid: the windows.
         rows: which window rows, without a gap.
-        scores: (classes, window, window) a window, row by row, on one device.
+        scores: (classes, window, window) a window, row by row, on one device; times ``weights``.
         weights: (window, window) of each window's pixels, there too; see :func:`blend_weights`.
         columns: which window columns, without a gap; None for all.
         load_edge: gives for a window row what ``save_edge`` was given where the columns before ended.
@@ -107,25 +107,30 @@ def blend_rows(
     carry: Tensor | None = None  # what this row of windows shares with the next
     high, wide = min(grid.window, grid.height), min(grid.window, grid.width)
     left, done = lefts[columns[0]], len(grid.pixels(columns))
-    weights = weights[:high, :wide]
+    begins = [lefts[column] - left for column in columns]
+    # The sum of the weights, the same in each row; from the scene's first column on, for one order of summing.
+    covered = weights.new_zeros(high, lefts[columns[-1]] + wide)
+    for begin in lefts[: columns.stop]:
+        covered[:, begin : begin + wide] += weights[:high, :wide]
+    covered = covered[:, left:]
     for row in rows:
         total: Tensor | None = None  # scores times weights and, last, the weights
-        for column in columns:
+        for begin in begins:
             window = next(scores)[:, :high, :wide]
             if total is None:
-                total = window.new_zeros(len(window) + 1, high, lefts[columns[-1]] + wide - left)
+                total = window.new_zeros(len(window) + 1, *covered.shape)
+                total[-1] = covered
                 if load_edge:
                     edge = load_edge(row)
-                    total[..., : edge.shape[-1]] = edge
-            begin = lefts[column] - left
-            total[:-1, :, begin : begin + wide] += window * weights  # a product of its own: no order of fused sums
-            total[-1, :, begin : begin + wide] += weights
+                    total[:-1, :, : edge.shape[-1]] += edge
+            total[:-1, :, begin : begin + wide] += window
         assert total is not None
         if save_edge:
-            save_edge(row, total[..., done:])
+            save_edge(row, total[:-1, :, done:])
         total = total[..., :done]
         if carry is not None:
             total[:, : carry.shape[1]] += carry
         rows_done = tops[row + 1] - tops[row]
         carry = total[:, rows_done:].clone() if row != rows[-1] else None  # a view would keep all
-        yield tops[row], total[:-1, :rows_done] / total[-1, :rows_done]
+        yield tops[row], total[:-1, :rows_done].div_(total[-1, :rows_done])
+        del total  # before the next is made
