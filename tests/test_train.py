@@ -165,6 +165,21 @@ def test_killed_runs_end_with_the_same_weights(settings, tmp_path):
     assert logs[0] == logs[1]
 
 
+def test_two_processes_do_not_write_to_one_run(settings, tmp_path):
+    command = [sys.executable, TOOL, settings, "--output", tmp_path / "out", "--resume", "auto"]
+    holder = "import sys; from vision_mamba.files import only_writer\nwith only_writer(sys.argv[1]): print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, tmp_path / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
+    ) as first:
+        first.stdout.readline()
+        second = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+        assert second.returncode == 2 and f"another process is writing to {tmp_path / 'out'}: wait" in second.stderr
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".writer"]
+        first.kill()
+    run(settings, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 def test_rare_saves_end_with_the_same_weights(settings, tmp_path, monkeypatch):
     overrides = ["schedule.epochs=5", "train.checkpoint_every=null", "train.eval_every=2"]
     whole = run(settings, tmp_path / "whole", *overrides)

@@ -7,6 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def replacing(path: str | os.PathLike, *, durable: bool = False) -> Iterator[Path]:
@@ -37,6 +44,34 @@ def leftovers(path: str | os.PathLike) -> Iterator[Path]:
     """Temporary files of killed writers of ``path``."""
     path = Path(path)
     return path.parent.glob(f".{path.stem}.*{path.suffix}")
+
+
+@contextmanager
+def only_writer(folder: str | os.PathLike) -> Iterator[None]:
+    """Keeps other processes that ask for the same out of a folder, which is made, until the block or the process ends.
+
+    On systems and disks without locks nobody is kept out.
+
+    Raises:
+        UserError: another one is in there.
+    """
+    path = Path(folder) / ".writer"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        if fcntl is not None:
+            # A lock of this process alone: a killed one's loaders, which outlive it by seconds, do not hold it.
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise UserError(
+                    f"another process is writing to {folder}: wait for it or stop it, or choose another folder"
+                ) from None
+            except OSError:
+                pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _to_disk(path: Path) -> None:

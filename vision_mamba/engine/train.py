@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -38,6 +39,7 @@ from vision_mamba.engine.graphs import TrainingGraphs
 from vision_mamba.engine.logs import EpochLog, Progress
 from vision_mamba.engine.plots import plot_confusion, plot_curves
 from vision_mamba.errors import UserError
+from vision_mamba.files import only_writer
 
 METRICS = ("loss", "top1", "top5", "precision", "recall", "f1")  # of `evaluate`; there is no top5 below five classes
 
@@ -61,8 +63,14 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
         speed the median of all epochs; what is logged is None in all processes but the first.
 
     Raises:
-        UserError: Something in the configuration or the data is wrong, or the loss stopped being finite.
+        UserError: Something in the configuration or the data is wrong, another process is writing to `output`, or the
+            loss stopped being finite.
     """
+    with ExitStack() as held:
+        return _train(config, output, resume, held)
+
+
+def _train(config: Config, output: Path, resume: str | Path | None, held: ExitStack) -> dict[str, Any]:
     device, rank, world_size = start_processes(config.train.device)
     main = rank == 0
     if device.type == "cpu" and config.train.amp == "fp16":
@@ -126,7 +134,7 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
     meter = meter.to(device)
     log = None
     if main:
-        output.mkdir(parents=True, exist_ok=True)
+        held.enter_context(only_writer(output))
         checkpoint.remove_leftovers(output)
         checkpoint.write_text(dump_config(config), output / checkpoint.CONFIG)
         log = EpochLog(output, finished_epochs=start_epoch, tensorboard=config.output.tensorboard)
