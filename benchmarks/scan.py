@@ -1,8 +1,8 @@
 """Times the selective scan and checks it: no time is printed for a shape whose output is wrong.
 
-    python benchmarks/scan.py                      # the table, written to benchmarks/results/scan-<gpu>.json
-    python benchmarks/scan.py --rows 0 9 --profile
-    python benchmarks/scan.py --tune --rows 0 4    # launch configurations, sorted by time
+    python -m benchmarks.scan                      # the table, written to benchmarks/results/scan-<gpu>.json
+    python -m benchmarks.scan --rows 0 9 --profile
+    python -m benchmarks.scan --tune --rows 0 4    # launch configurations, sorted by time
 
 Two floors stand beside each time: bytes that must move (each input read once, each output written once)
 over the measured copy bandwidth, and exponentials (one a state element; two in the backward pass, which
@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import datetime
-import json
 import math
 import multiprocessing
 import os
@@ -38,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vision_mamba.files import replacing
+from benchmarks.report import write_results
 from vision_mamba.ops import reference
 from vision_mamba.ops.triton import selective_scan as kernels
 
@@ -484,11 +482,6 @@ def table(arguments, chosen) -> int:
         print(lines[-1], flush=True)
         torch.cuda.empty_cache()
     gpu = torch.cuda.get_device_name(0)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    record = {
-        "device": gpu, "torch": torch.__version__, "triton": triton.__version__, "commit": commit,
-        "command": " ".join(["python", *sys.argv]), "date": datetime.date.today().isoformat(), "rows": rows,
-    }  # fmt: skip
     print(
         f"\n{gpu}, torch {torch.__version__}, triton {triton.__version__}, {arguments.dtype}\n"
         "B D L N K, error | forward ms (saving states), floor, mamba_ssm | backward, floor, mamba_ssm | "
@@ -496,13 +489,8 @@ def table(arguments, chosen) -> int:
     )
     print("\n".join(lines) + f"\n{compilations()} kernels compiled in all")
     right = all("ours_fwd_ms" in row for row in rows)
-    output = arguments.output
-    if output is None and arguments.rows is None and right:
-        output = Path(__file__).parent / "results" / f"scan-{gpu.replace(' ', '-').lower()}.json"
-    if output is not None and right:
-        with replacing(output) as temporary:
-            temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        print(f"written to {output}")
+    if right and (arguments.output is not None or arguments.rows is None):
+        write_results("scan", torch.device("cuda"), "python -m benchmarks.scan", arguments.output, rows=rows)
     return 0 if right else 1
 
 

@@ -63,48 +63,6 @@ def test_what_it_does_not_go_with(monkeypatch):
     VisionMambaBackbone("test_vmamba")(torch.zeros(1, 3, 64, 64))
 
 
-def test_state_sees_what_a_capture_takes_for_given():
-    net = VisionMambaBackbone("test_vmamba").net.train()
-    before = graphs._state(net)
-    net.load_state_dict(net.state_dict())
-    assert graphs._state(net) == before
-    norm = next(m for m in net.modules() if isinstance(m, torch.nn.LayerNorm))
-    for change in (
-        norm.eval,
-        lambda: norm.weight.requires_grad_(False),
-        lambda: setattr(norm, "weight", torch.nn.Parameter(norm.weight.data)),
-        net.double,
-    ):
-        change()
-        after = graphs._state(net)
-        assert after != before
-        before = after
-
-
-def test_own_leaves_are_the_same_numbers():
-    """In their place for a while: other leaves over the same memory, tied where the net's are, frozen ones its own."""
-    net = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3), "c": torch.nn.Linear(3, 3)})
-    net["b"].weight = net["a"].weight
-    net["c"].requires_grad_(False)
-    before, x = dict(net.named_parameters(remove_duplicate=False)), torch.randn(2, 3)
-
-    def loss():
-        return (net["c"](net["b"](net["a"](x))) ** 2).sum()
-
-    trainable = [p for p in net.parameters() if p.requires_grad]
-    expected = torch.autograd.grad(loss(), trainable)
-    with pytest.raises(KeyError), graphs._own_leaves(net, trainable) as leaves:
-        assert len(leaves) == len(trainable) == 3
-        for own, parameter in zip(leaves, trainable, strict=True):
-            assert own is not parameter and own.data_ptr() == parameter.data_ptr()
-        assert net["b"].weight is net["a"].weight is leaves[0] and net["c"].weight is before["c.weight"]
-        for found, gradient in zip(torch.autograd.grad(loss(), leaves), expected, strict=True):
-            assert torch.equal(found, gradient)
-        raise KeyError
-    after = dict(net.named_parameters(remove_duplicate=False))
-    assert all(after[name] is parameter for name, parameter in before.items())
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 @pytest.mark.parametrize("name", ["test_vmamba", "test_vim", "test_resnet"])

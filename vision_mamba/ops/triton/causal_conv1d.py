@@ -36,7 +36,7 @@ class _Config(NamedTuple):
 
 _FORWARD = _Config(32, 10)
 _BACKWARD = _Config(16, 4, registers=128)
-_INPUT = _Config(32, 0)  # a program a tile
+_INPUT_STEPS = 32  # of the gradient of x: a program a tile
 
 _jit = jit_without(("tiles", "length", "num_paths", "x_b", "x_l", "dy_b", "dy_l", "dy_k", "w_k", "bias_k", "paths_k"))
 
@@ -226,14 +226,14 @@ def _arguments(x, weight, bias, paths, silu) -> dict:
     }  # fmt: skip
 
 
-def _tiles(x: Tensor, config: _Config) -> dict[str, int]:
-    return {"T": config.steps, "tiles": x.shape[0] * triton.cdiv(x.shape[1], config.steps)}
+def _tiles(x: Tensor, steps: int) -> dict[str, int]:
+    return {"T": steps, "tiles": x.shape[0] * triton.cdiv(x.shape[1], steps)}
 
 
 def _walkers(x: Tensor, num_paths: int, config: _Config) -> int:
     """How many programs share out the tiles of a path and a block of channels."""
     parts = triton.cdiv(x.shape[2], BLOCK) * num_paths
-    return min(_tiles(x, config)["tiles"], triton.cdiv(multiprocessors(x.device) * config.programs, parts))
+    return min(_tiles(x, config.steps)["tiles"], triton.cdiv(multiprocessors(x.device) * config.programs, parts))
 
 
 def causal_conv1d_forward(x, weight, bias, paths, silu) -> Tensor:
@@ -243,7 +243,7 @@ def causal_conv1d_forward(x, weight, bias, paths, silu) -> Tensor:
     if y.numel() > 0:
         programs = _walkers(x, len(paths), _FORWARD) * len(paths) * triton.cdiv(x.shape[2], BLOCK)
         with on_device(x):
-            launch(_conv_forward_kernel, (programs,), given | _tiles(x, _FORWARD) | {"y": y}, 4)
+            launch(_conv_forward_kernel, (programs,), given | _tiles(x, _FORWARD.steps) | {"y": y}, 4)
     return y
 
 
@@ -269,8 +269,8 @@ def causal_conv1d_backward(dy, x, weight, bias, paths, silu):
     if dy.numel() > 0:
         with on_device(x):
             programs = walkers * num_paths * blocks
-            launch(_conv_backward_kernel, (programs,), given | _tiles(x, _BACKWARD), 4, _BACKWARD.registers)
-            given |= _tiles(x, _INPUT)
+            launch(_conv_backward_kernel, (programs,), given | _tiles(x, _BACKWARD.steps), 4, _BACKWARD.registers)
+            given |= _tiles(x, _INPUT_STEPS)
             launch(_conv_input_kernel, (given["tiles"] * blocks,), given, 4)
     sums = sums.sum(0)
     dweight = sums[:, :width].transpose(1, 2).contiguous().to(weight.dtype)
