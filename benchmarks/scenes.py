@@ -126,7 +126,7 @@ def measure_scene(
         """Windows a second; nothing of it stays on the device."""
         model = InferenceGraph(segmentor.model) if cuda_graphs else segmentor.model
         size = min(batch_size, count)
-        with closing(reader.batches(grid, grid.panels[0], range(len(grid.tops)), size)) as batches:
+        with closing(reader.batches(grid, [(grid.panels[0], range(len(grid.tops)))], size)) as batches:
             inputs = [reader.normalised(batch) for _, batch in zip(range(4), batches, strict=False)]
         inputs = [x for x in inputs if len(x) == size]
         passes = -(-count // size)
@@ -181,7 +181,7 @@ def measure_window(name: str, path: Path, device: torch.device, window: int, bat
     segmentor = make_segmentor(name, device)
     reader = SceneReader(path, segmentor, (BLACK, WHITE))
     side = reader.width
-    x = reader.normalised(next(reader.batches(Grid(side, side, side, 0), range(1), range(1), 1)))
+    x = reader.normalised(next(reader.batches(Grid(side, side, side, 0), [(range(1), range(1))], 1)))
 
     def one_pass() -> Tensor:
         with torch.inference_mode():
@@ -200,7 +200,7 @@ def measure_window(name: str, path: Path, device: torch.device, window: int, bat
 
         def run() -> Tensor:
             blocks = blend_rows(grid, range(len(grid.tops)), scores(), weights)
-            return torch.cat([block for _, block in blocks], dim=1)
+            return torch.cat([block.clone() for _, block in blocks], dim=1)
 
         return run
 

@@ -74,7 +74,8 @@ def test_maps_are_what_was_collected(tmp_path, crs, side):
             assert np.abs(half - mean)[some].max() <= 1
 
 
-def test_a_map_that_is_not_whole_is_named(tmp_path):
+@pytest.mark.parametrize("size", [20_000, 100_000], ids=["no tile", "a tile and a half"])
+def test_a_map_that_is_not_whole_is_named(tmp_path, size):
     """Files that cannot grow stand for a full disk."""
     resource = pytest.importorskip("resource")
     profile = dict(height=700, width=900, crs=UTM, transform=rasterio.transform.from_origin(3e5, 6e6, 0.1, 0.1))
@@ -86,7 +87,7 @@ def test_a_map_that_is_not_whole_is_named(tmp_path):
         with rasterio.Env(), Maps(files, profile, segmentor) as maps:
             for left in range(0, 900, 300):  # tiles that are not whole wait in GDAL's cache
                 maps.add(0, left, scene(700, 300))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
             # GDAL itself says so only on the standard error stream.
             with pytest.raises(OSError, match=r"scene_classes\.tif could not be written whole"):
                 maps.write(files.classes)

@@ -22,6 +22,7 @@ from vision_mamba.errors import UserError  # noqa: E402
 from vision_mamba.geo import Segmentor, segment_raster  # noqa: E402
 from vision_mamba.geo.products import decimated, pixel_areas  # noqa: E402
 from vision_mamba.geo.reader import SceneReader  # noqa: E402
+from vision_mamba.geo.room import Room  # noqa: E402
 from vision_mamba.geo.windows import Grid, blend_rows, blend_weights, starts  # noqa: E402
 
 TOOL = Path(__file__).parents[2] / "tools" / "segment.py"
@@ -92,38 +93,46 @@ def test_blending_is_the_weighted_mean(height, width, window, overlap, kind):
         total[:, y : y + h, x : x + w] += score[:, :h, :w].double()
         weight[y : y + h, x : x + w] += weights[:h, :w].double()
     assert (weight > 0).all()
-    blocks = list(blend_rows(grid, range(len(grid.tops)), scores, weights))
+    blocks = [(top, block.clone()) for top, block in blend_rows(grid, range(len(grid.tops)), scores, weights)]
     assert [top for top, _ in blocks] == grid.tops
     assert torch.allclose(torch.cat([b for _, b in blocks], 1).double(), total / weight, atol=1e-5)
     # From the middle on: everything that the rows asked for need.
     rows = grid.rows_for(height // 2, height)
-    later = list(blend_rows(grid, rows, scores[rows.start * len(grid.lefts) :], weights))
+    mine = scores[rows.start * len(grid.lefts) :]
+    later = [(top, block.clone()) for top, block in blend_rows(grid, rows, mine, weights)]
     again = torch.cat([b for _, b in later], 1)[:, height // 2 - later[0][0] :]
     assert torch.allclose(again.double(), (total / weight)[:, height // 2 :], atol=1e-5)
 
 
-@pytest.mark.parametrize("overlap, panel", [(4, 24), (9, 7), (15, 3), (0, 16)])
+@pytest.mark.parametrize("overlap, panel", [(4, 24), (4, 36), (9, 7), (15, 3), (0, 16)])
 def test_blending_group_by_group_is_the_same(monkeypatch, overlap, panel):
-    """Groups of window columns, each handed what the one before shares with it: to the last bit."""
+    """Groups of window columns, each handed what the one before shares with it: to the last bit, and in its memory."""
     torch.manual_seed(0)
     grid, weights = Grid(45, 90, 16, overlap), blend_weights(16, overlap, "cosine")
     scores = {(r, c): torch.rand(2, 16, 16) * weights for r in range(len(grid.tops)) for c in range(len(grid.lefts))}
+    rooms, sizes = [Room() for _ in range(2)], set()
 
     def blend(columns, **edges):
         mine = [scores[r, c] for r in range(len(grid.tops)) for c in columns]
         blocks = blend_rows(grid, range(len(grid.tops)), mine, weights, columns=columns, **edges)
-        return torch.cat([block for _, block in blocks], 1)
+        return torch.cat([block.clone() for _, block in blocks], 1)
 
     whole = blend(range(len(grid.lefts)))
     monkeypatch.setattr("vision_mamba.geo.windows._PANEL", panel)
     assert len(grid.panels) > 1 and [c for columns in grid.panels for c in columns] == list(range(len(grid.lefts)))
     kept, pieces = {}, []
+
+    def keep(row, edge):
+        kept[row] = edge.clone()
+
     for columns in grid.panels:
-        load, save = kept.get if pieces else None, kept.__setitem__ if columns.stop < len(grid.lefts) else None
-        piece = blend(columns, load_edge=load, save_edge=save)
+        load, save = kept.get if pieces else None, keep if columns.stop < len(grid.lefts) else None
+        piece = blend(columns, load_edge=load, save_edge=save, rooms=rooms)
         assert piece.shape[2] == len(grid.pixels(columns))
         pieces.append(piece)
+        sizes.add(tuple(len(room._memory) for room in rooms))
     assert torch.equal(torch.cat(pieces, 2), whole)
+    assert len(sizes) == 1  # the first group takes what the widest needs
 
 
 def test_windows_cover_the_scene():
@@ -251,7 +260,7 @@ def test_reader_agrees_with_plain_reads(tiles, tmp_path, monkeypatch):
         reader, grid = SceneReader(path, model), Grid(height, 410, window, overlap)
         rows, columns = range(len(grid.tops) // 2, len(grid.tops)), range(len(grid.lefts) // 3, len(grid.lefts))
         found = []
-        for batch in reader.batches(grid, columns, rows, batch_size):
+        for batch in reader.batches(grid, [(columns, rows)], batch_size):
             x = reader.normalised(batch)
             assert len(x) <= batch_size and x.dtype == torch.float32
             found += [(x[i].numpy(), batch.empty[i]) for i in batch.wanted]
@@ -492,7 +501,7 @@ def test_bands_of_different_types_are_refused_unless_one_is_chosen(tiles, tmp_pa
     one = Segmentor(model=network(1), classes=CLASSES, mean=MEAN[:1], std=STD[:1], bands=(2,), eight_bit=False)
     reader = SceneReader(vrt, one, None)
     grid = Grid(100, 130, 130, 0)
-    (batch,) = reader.batches(grid, range(1), range(1), 1)
+    (batch,) = reader.batches(grid, [(range(1), range(1))], 1)
     found = reader.normalised(batch).cpu()[0, 0, :100] * STD[0] + MEAN[0]
     torch.testing.assert_close(found, torch.from_numpy(heights[0]), rtol=1e-5, atol=1e-2)
 

@@ -29,6 +29,11 @@ NODATA = 255
 _COLUMNS = 4096  # pixels of the scene's width that are read at once for a picture
 _POLYGONS = 20_000  # written at once
 _SHOWN = 1050  # pixels of the longer side of a quick look's halves, at most
+# GDAL's threads hold a piece of the map each, and which of its pixels have data; and GDAL would compress the overviews
+# twice, with 14 MB a thread: that option is not documented, and without it the overviews are the same.
+_OVERVIEWS = dict(
+    GDAL_NUM_THREADS=4, GDAL_OVR_CHUNK_MAX_SIZE=4 * 2**20, GDAL_CACHEMAX=16 * 2**20, COG_TMP_COMPRESSION="NONE"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ class Maps:
         names = self.classes if path == self.files.probabilities else ["confidence"]
         file = load_rasterio().open(
             self.files.work / path.name, "w", driver="GTiff", dtype="uint8", nodata=NODATA, count=len(names),
-            tiled=True, blockxsize=TILE, blockysize=TILE, sparse_ok=True, bigtiff="if_safer",
+            tiled=True, blockxsize=TILE, blockysize=TILE // 4,  # a row of them fits into GDAL's cache
+            sparse_ok=True, bigtiff="if_safer",
             interleave="band",  # else each tile is read once a band
             photometric="minisblack",  # else the fourth of four classes is taken for opacity
             **self.profile,
@@ -142,15 +148,20 @@ class Maps:
         Raises:
             OSError: not all of it could be written.
         """
+        from rasterio._err import CPLE_BaseError  # rasterio has no public name for it
         from rasterio.shutil import copy
 
         classes, plain, whole = path == self.files.classes, self.files.work / path.name, self.files.work / "cog.tif"
         self._plain[path].close()
-        copy(
-            plain, whole, driver="COG", compress="deflate", level=1, predictor="no" if classes else "yes",
-            blocksize=TILE, overview_resampling="mode" if classes else "average", bigtiff="if_safer",
-            num_threads="all_cpus",
-        )  # fmt: skip
+        with load_rasterio().Env(**_OVERVIEWS):
+            try:
+                copy(
+                    plain, whole, driver="COG", compress="deflate", level=1, predictor="no" if classes else "yes",
+                    blocksize=TILE, overview_resampling="mode" if classes else "average", bigtiff="if_safer",
+                    num_threads="all_cpus",
+                )  # fmt: skip
+            except CPLE_BaseError as error:  # the plain file ends too early
+                raise OSError(f"{path.name} could not be written whole; is the disk full? GDAL: {error}") from error
         # GDAL closes a file without an error where its last tiles could not be written.
         with load_rasterio().open(whole) as file:
             total = sum(int(file.read(window=box).sum(dtype=np.int64)) for _, box in file.block_windows(1))
@@ -342,21 +353,23 @@ def decimated(scene, bands: Sequence[int] | None) -> np.ndarray:
 
 def stretched(image: np.ndarray) -> np.ndarray:
     """A picture (3, height, width) float32, stretched from the 2nd to the 98th percentile: (height, width, 3), 0 to 1,
-    and 0 where one of the three is not finite."""
+    and 0 where one of the three is not finite. In place: three such pictures would be 100 MB."""
     valid = np.isfinite(image).all(0)
-    found = np.zeros((*image.shape[1:], 3), np.float32)
-    if valid.any():
-        for i, band in enumerate(image):
-            low, high = np.percentile(band[valid], (2, 98))
-            np.divide(band - low, max(high - low, 1e-6), out=found[..., i], where=valid)
-    return found.clip(0, 1, out=found)
+    for band in image if valid.any() else ():
+        low, high = np.percentile(band[valid], (2, 98))
+        band -= low
+        band /= max(high - low, 1e-6)
+    image.clip(0, 1, out=image)[:, ~valid] = 0
+    return image.transpose(1, 2, 0)
 
 
 def quick_look(image: np.ndarray, class_map: Path, classes: Sequence[str], palette, path: Path) -> None:
     """A small picture: the scene (height, width, 3) in 0..1, and the classes over it with a legend."""
     from PIL import Image, ImageDraw, ImageFont
 
-    scene = Image.fromarray((255 * image).round().astype(np.uint8))
+    # Band by band, and in 32 bits: of 20 MB each, not all at a time.
+    bands = [(255 * image[..., i]).round().astype(np.uint8) for i in range(3)]
+    scene = Image.fromarray(np.stack(bands, axis=2))
     scene.thumbnail((_SHOWN, _SHOWN), Image.Resampling.BOX)
     with load_rasterio().open(class_map) as found:
         numbers = found.read(1, out_shape=scene.size[::-1])
@@ -364,7 +377,8 @@ def quick_look(image: np.ndarray, class_map: Path, classes: Sequence[str], palet
     colours = np.zeros((256, 3), np.float32)
     colours[: len(palette)] = palette
     seen = np.where((numbers != NODATA)[..., None], np.asarray(scene), 0)
-    over = np.where((numbers != NODATA)[..., None], 0.45 * seen + 0.55 * colours[numbers], 0).round().astype(np.uint8)
+    over = np.float32(0.45) * seen + 0.55 * colours[numbers]
+    over = np.where((numbers != NODATA)[..., None], over, 0).round().astype(np.uint8)
     present = np.flatnonzero(counts[: len(classes)])[:40]
     # The font's file alone: a figure takes longer to draw than a small scene to segment.
     matplotlib = find_spec("matplotlib")

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from vision_mamba.data.rasters import load_rasterio
 from vision_mamba.errors import UserError
 
 from .models import SceneModel
+from .room import Room
 from .stages import Stages
 from .windows import Grid
 
@@ -45,19 +45,40 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
-def to_host(tensor: Tensor) -> Callable[[], np.ndarray]:
-    """Begins a copy to the host without waiting for the device; what it returns waits for it, in any thread."""
-    if tensor.device.type != "cuda":
-        return tensor.contiguous().numpy
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(tensor.device))
+class Copy(NamedTuple):
+    """A tensor's copy on the host, and when it is there; None for at once."""
 
-    def wait() -> np.ndarray:
-        copied.synchronize()
-        return host.numpy()
+    room: Room
+    host: Tensor
+    copied: torch.cuda.Event | None
 
-    return wait
+    def wait(self) -> np.ndarray:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.host.numpy()
+
+
+class ToHost:
+    """Copies to the host, in memory that is used again; pinned if they come from a GPU."""
+
+    def __init__(self) -> None:
+        self._spare: deque[Room] = deque()
+
+    def begin(self, tensor: Tensor) -> Copy:
+        """Does not wait for the device."""
+        cuda = tensor.device.type == "cuda"
+        room = self._spare.popleft() if self._spare else Room(pinned=cuda)
+        host = room.take(tensor.shape, tensor.dtype)
+        host.copy_(tensor.contiguous() if cuda else tensor, non_blocking=True)
+        copied = None
+        if cuda:
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(tensor.device))
+        return Copy(room, host, copied)
+
+    def give_back(self, copy: Copy) -> None:
+        """The copy is no longer needed; for any thread."""
+        self._spare.append(copy.room)
 
 
 def sampled(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,6 +153,7 @@ class SceneReader:
         # Windows are copied and normalised beside what the model computes.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._spare: deque[tuple[Tensor, Any]] = deque()  # room for batches, and when the device is done with it
+        self._rows = [_Rows(self.device, pinned=self._stream is not None) for _ in range(2)]
         self.sampled = sampled(self.height, self.width)
         self._stages = stages or Stages()
 
@@ -174,44 +196,54 @@ class SceneReader:
         if value_range is not None and not value_range[0] < value_range[1]:
             raise UserError(f"value range {value_range[0]} to {value_range[1]}: the first must be below the second")
 
-    def batches(self, grid: Grid, columns: range, rows: range, batch_size: int) -> Generator[Batch, None, None]:
-        """Windows of ``columns``, row by row, with those of ``rows`` wanted.
+    def batches(
+        self, grid: Grid, planned: Iterable[tuple[range, range]], batch_size: int
+    ) -> Generator[Batch, None, None]:
+        """Windows of each (columns, rows) of ``planned``, row by row.
 
         Batches are counted from the first window of the columns on, so a resumed run forms the same ones; a few
         windows outside of ``rows`` may complete the first and the last.
         """
+        with ExitStack() as stack:
+            scenes = [stack.enter_context(self.rasterio.open(self.path)) for _ in range(_READERS)]
+            pool = stack.enter_context(ThreadPoolExecutor(_READERS))
+            for columns, rows in planned:
+                yield from self._batches(pool, scenes, grid, columns, rows, batch_size)
+
+    def _batches(
+        self, pool: Executor, scenes: Sequence[Any], grid: Grid, columns: range, rows: range, batch_size: int
+    ) -> Generator[Batch, None, None]:
         tops, lefts, wide = [*grid.tops, self.height], grid.lefts, len(columns)
         wanted = range(rows.start * wide, rows.stop * wide)
         first = wanted.start // batch_size * batch_size
         last = min(-(-wanted.stop // batch_size) * batch_size, len(grid.tops) * wide)
         right = min(lefts[columns[-1]] + grid.window, self.width)
         held: _Held | None = None
-        with ExitStack() as stack:
-            scenes = [stack.enter_context(self.rasterio.open(self.path)) for _ in range(_READERS)]
-            pool = stack.enter_context(ThreadPoolExecutor(_READERS))
-            for begin in range(first, last, batch_size):
-                numbers = range(begin, min(begin + batch_size, last))
-                room = self._room((batch_size, len(self.bands), grid.window, grid.window))
-                empty, begun = np.zeros(len(numbers), bool), dict[int, Row]()
-                for i, number in enumerate(numbers):
-                    row, column = number // wide, columns[number % wide]
-                    left = lefts[column] - lefts[columns[0]]
-                    if held is None or held.top != tops[row]:
-                        box = tops[row], min(tops[row] + grid.window, self.height), lefts[columns[0]], right
-                        with self._stages("read"):
-                            held = self._read(pool, scenes, held, grid.window, *box)
-                    if number % wide == 0:
-                        begun[row] = held.finished(tops[row + 1], len(grid.pixels(columns)))
-                    with torch.cuda.stream(self._stream):  # not over a yield: it is this thread's, for all it does
-                        room[i].copy_(held.inputs[:, :, left : left + grid.window])
-                    if held.valid is not None:
-                        empty[i] = not held.valid[:, left : left + grid.window].any()
-                copied = None
-                if self._stream is not None:
-                    copied = torch.cuda.Event()
-                    copied.record(self._stream)
-                inside = [i for i, number in enumerate(numbers) if number in wanted]
-                yield Batch(room, copied, empty, range(inside[0], inside[-1] + 1), begun)
+        for begin in range(first, last, batch_size):
+            numbers = range(begin, min(begin + batch_size, last))
+            room = self._room((batch_size, len(self.bands), grid.window, grid.window))
+            empty, begun = np.zeros(len(numbers), bool), dict[int, Row]()
+            for i, number in enumerate(numbers):
+                row, column = number // wide, columns[number % wide]
+                left = lefts[column] - lefts[columns[0]]
+                if held is None or held.top != tops[row]:
+                    box = tops[row], min(tops[row] + grid.window, self.height), lefts[columns[0]], right
+                    self._rows.reverse()  # the others still have what the two share
+                    self._rows[0].wait()
+                    with self._stages("read"):
+                        held = self._read(pool, scenes, held, self._rows[0], grid, *box)
+                if number % wide == 0:
+                    begun[row] = held.finished(tops[row + 1], len(grid.pixels(columns)))
+                with torch.cuda.stream(self._stream):  # not over a yield: it is this thread's, for all it does
+                    room[i].copy_(held.inputs[:, :, left : left + grid.window])
+                if held.valid is not None:
+                    empty[i] = not held.valid[:, left : left + grid.window].any()
+            copied = None
+            if self._stream is not None:
+                copied = torch.cuda.Event()
+                copied.record(self._stream)
+            inside = [i for i, number in enumerate(numbers) if number in wanted]
+            yield Batch(room, copied, empty, range(inside[0], inside[-1] + 1), begun)
 
     def _room(self, shape: tuple[int, ...]) -> Tensor:
         """Room for a batch, that of one given back if there is one."""
@@ -232,14 +264,15 @@ class SceneReader:
             used.record(torch.cuda.current_stream(self.device))
         self._spare.append((batch.room, used))
 
-    def _read(self, pool: Executor, scenes: Sequence[Any], held: _Held | None, window, top, bottom, left, right):
-        """The rows from ``top`` to ``bottom``, as :class:`_Held`; those that ``held`` has are taken from there."""
+    def _read(self, pool: Executor, scenes: Sequence[Any], held: _Held | None, room: _Rows, grid: Grid, *box: int):
+        """The rows and columns of ``box`` (top, bottom, left, right), as :class:`_Held`; what ``held`` has of them is
+        taken from there."""
+        top, bottom, left, right = box
         begin = max(held.bottom, top) if held else top
-        dtype = torch.from_numpy(np.empty(0, self.dtype)).dtype
-        shape, pinned = (len(self.bands), bottom - begin, right - left), self._stream is not None
-        # As they are stored, and pinned: few bytes for the GPU, and no wait for it.
-        values = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-        valid = torch.empty(shape, dtype=torch.bool, pin_memory=pinned) if self.may_lack_values else None
+        bands, high, wide, kept = len(self.bands), bottom - top, right - left, begin - top
+        shape = bands, high - kept, wide
+        values = room.values.take(shape, torch.from_numpy(np.empty(0, self.dtype)).dtype, grid.widest)
+        valid = room.valid.take(shape, torch.bool, grid.widest) if self.may_lack_values else None
         some = np.empty(shape[1:], bool) if self.may_lack_values else None
 
         def read(scene, box) -> None:
@@ -255,29 +288,31 @@ class SceneReader:
                     some[rows, columns] &= scene.read(self.alpha, window=box) > 0
 
         # A file of strips is cut into rows, one of tiles into columns: no block is decoded twice.
-        high, wide = scenes[0].block_shapes[0]
-        if wide < self.width:
-            pieces = [(begin, bottom, a, b) for a, b in _shares(left, right, wide, len(scenes))]
+        block_high, block_wide = scenes[0].block_shapes[0]
+        if block_wide < self.width:
+            pieces = [(begin, bottom, a, b) for a, b in _shares(left, right, block_wide, len(scenes))]
         else:
-            pieces = [(a, b, left, right) for a, b in _shares(begin, bottom, high, len(scenes))]
+            pieces = [(a, b, left, right) for a, b in _shares(begin, bottom, block_high, len(scenes))]
         boxes = [self.rasterio.windows.Window(x, y, xx - x, yy - y) for y, yy, x, xx in pieces]
         list(pool.map(read, scenes, boxes))
 
         with torch.cuda.stream(self._stream):
-            inputs = to_device(values, self.device).to(torch.float32, copy=True)
-            inputs.sub_(self.offset).mul_(self.scale).sub_(self.mean).div_(self.std)
+            inputs = room.inputs.take((bands, grid.window, max(grid.window, wide)), torch.float32, grid.widest)
+            if held and kept:
+                inputs[:, :kept] = held.inputs[:, top - held.top : held.bottom - held.top]
+            fresh = inputs[:, kept:high, :wide]
+            fresh.copy_(to_device(values, self.device))
+            fresh.sub_(self.offset).mul_(self.scale).sub_(self.mean).div_(self.std)
             if valid is not None:
-                inputs.masked_fill_(~to_device(valid, self.device), 0.0)
+                fresh.masked_fill_(~to_device(valid, self.device), 0.0)
+            room.copied(self._stream)
             if values.is_floating_point():
-                inputs.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+                fresh.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             # Where the scene ends within the first window, its last pixels are repeated.
-            short = max(left + window - right, 0), max(top + window - bottom, 0)
-            if any(short):
-                inputs = F.pad(inputs[None], (0, short[0], 0, short[1]), mode="replicate")[0]
-            if held and begin > top:
-                inputs = torch.cat([held.inputs[:, top - held.top : held.bottom - held.top], inputs], dim=1)
+            inputs[:, kept:high, wide:] = inputs[:, kept:high, wide - 1 : wide]
+            inputs[:, high:] = inputs[:, high - 1 : high]
         view = self._view(values.numpy(), some, begin, left)
-        if held and begin > top:
+        if held and kept:
             if some is not None and held.valid is not None:
                 some = np.concatenate([held.valid[top - held.top :], some])
             view = {**{row: line for row, line in held.view.items() if row >= top}, **view}
@@ -316,6 +351,29 @@ class SceneReader:
         if self._floating:
             valid &= np.isfinite(values)
         return valid
+
+
+class _Rows:
+    """Room for pixel rows of a group of window columns.
+
+    Attributes:
+        values, valid: of rows that are read, as they are stored, and where there is one. Pinned if the model is on a
+            GPU: few bytes for it, and no wait.
+        inputs: of a row of windows, on the model's device.
+    """
+
+    def __init__(self, device: torch.device, pinned: bool) -> None:
+        self.values, self.valid, self.inputs = Room(pinned=pinned), Room(pinned=pinned), Room(device)
+        self._copied = torch.cuda.Event() if pinned else None
+
+    def copied(self, stream: torch.cuda.Stream | None) -> None:
+        """``values`` and ``valid`` are needed until the device has come so far."""
+        if self._copied is not None:
+            self._copied.record(stream)
+
+    def wait(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
 
 
 @dataclass(frozen=True)
@@ -367,11 +425,7 @@ def each_window(
     Reading goes ahead of it, from one group of columns to the next as well.
     """
 
-    def read() -> Generator[Batch, None, None]:
-        for columns, rows in planned:
-            yield from reader.batches(grid, columns, rows, batch_size)
-
-    with closing(ahead(read(), 1)) as batches:
+    with closing(ahead(reader.batches(grid, planned, batch_size), 1)) as batches:
         while True:
             with stages("wait for reading"):
                 batch = next(batches, None)
@@ -382,6 +436,7 @@ def each_window(
             bar.update(len(batch.wanted))
             for i in batch.wanted:
                 yield found[i]
+            del found  # else it stays while the next are looked at
 
 
 def ahead(items: Generator[Any, None, None], depth: int) -> Generator[Any, None, None]:

@@ -25,7 +25,8 @@ from vision_mamba.errors import UserError
 from .models import TTA, Segmentor
 from .parts import Parts, Writer
 from .products import NODATA, TILE, Maps, SceneFiles, write_products
-from .reader import Batch, Row, SceneReader, each_window, gdal_options, to_device, to_host
+from .reader import Batch, Copy, Row, SceneReader, ToHost, each_window, gdal_options, sampled, to_device
+from .room import Room
 from .stages import Stages
 from .windows import Grid, blend_rows, blend_weights
 
@@ -158,9 +159,9 @@ def segment_raster(
 
     def finish(scores: Tensor, valid: np.ndarray | None) -> Tensor:
         best, index = scores.max(0)
-        planes = [index.to(torch.uint8), (best * _FRACTIONS).round().to(torch.uint8)]
+        planes = [index.to(torch.uint8), best.mul_(_FRACTIONS).round_().to(torch.uint8)]
         if probabilities:
-            planes += list((scores * _FRACTIONS).round().to(torch.uint8))
+            planes += list(scores.mul_(_FRACTIONS).round_().to(torch.uint8))
         found = torch.stack(planes)
         return found if valid is None else found.masked_fill_(~to_device(torch.from_numpy(valid), found.device), NODATA)
 
@@ -182,7 +183,7 @@ def segment_raster(
         for panel in range(len(grid.panels)) for run in parts.missing(panel, rank, world_size)
     ]  # fmt: skip
     maps = Maps(files, reader.profile, segmentor) if rank == 0 else None
-    strips = _Strips(parts, maps, stages)
+    strips, rooms = _Strips(parts, maps, stages, segmentor.device), [Room(segmentor.device) for _ in range(2)]
     bar = parts.progress(source, [(panel, rows) for panel, _, rows in planned], progress and rank == 0)
     try:
         # Entered here too, for all of it: what autocast casts of the weights is kept until then.
@@ -195,6 +196,7 @@ def segment_raster(
                         grid, rows, scores, weights, columns=columns,
                         load_edge=partial(strips.load_edge, panel - 1, segmentor.device) if panel else None,
                         save_edge=partial(strips.save_edge, panel) if columns.stop < len(grid.lefts) else None,
+                        rooms=rooms,
                     )  # fmt: skip
 
                     def finished(panel=panel, rows=rows, blended=blended) -> Iterator[tuple[int, Tensor]]:
@@ -202,9 +204,7 @@ def segment_raster(
                             top, mean = next(blended)
                             valid, view = begun_rows.pop(row)
                             strips.save_view(panel, row, view)
-                            found = finish(mean, valid)
-                            del mean  # as large as all that the next row adds up
-                            yield top, found
+                            yield top, finish(mean, valid)
                         begun_rows.clear()  # the last batch of the group may hold windows that were not asked for
 
                     strips.store(panel, run, finished())
@@ -229,9 +229,10 @@ class _Strips:
     """Finished rows of the scene, ``STRIP`` to a part, what neighbouring groups of window columns share, and the maps,
     which take what is stored (None in all processes but the first)."""
 
-    def __init__(self, parts: Parts, maps: Maps | None, stages: Stages) -> None:
+    def __init__(self, parts: Parts, maps: Maps | None, stages: Stages, device: torch.device | str) -> None:
         self.parts, self.maps, self.grid, self.stages = parts, maps, parts.grid, stages
         self._writer, self._collector = Writer(), Writer()
+        self._part, self._parts_to_host, self._edges_to_host = Room(device), ToHost(), ToHost()
         self._edges: dict[Path, Future] = {}
         self._collected: set[tuple[int, int]] = set()
 
@@ -256,20 +257,28 @@ class _Strips:
     def store(self, panel: int, run: range, blocks: Iterator[tuple[int, Tensor]]) -> None:
         """Cuts blocks of rows (planes, rows, width) into the parts of ``run``; what lies outside is dropped."""
         first, last = run.start * STRIP, min(run.stop * STRIP, self.grid.height)
-        pending, top = None, first
+        filled, top = 0, first
         for start, block in blocks:
             block = block[:, max(first - start, 0) : max(last - start, 0)]
-            pending = block if pending is None else torch.cat([pending, block], dim=1)
-            while pending.shape[1] >= min(STRIP, last - top) > 0:
+            while block.shape[1]:
                 rows = min(STRIP, last - top)
-                self.submit(self._save, panel, top // STRIP, to_host(pending[:, :rows].contiguous()))
-                pending, top = pending[:, rows:], top + rows
+                part = self._part.take((len(block), rows, block.shape[2]), block.dtype, self.grid.widest)
+                taken = block[:, : rows - filled]
+                part[:, filled : filled + taken.shape[1]] = taken
+                filled, block = filled + taken.shape[1], block[:, taken.shape[1] :]
+                if filled == rows:
+                    self.submit(self._save, panel, top // STRIP, self._parts_to_host.begin(part))
+                    filled, top = 0, top + rows
 
-    def _save(self, panel: int, index: int, found: Callable[[], np.ndarray]) -> None:
+    def _store(self, path: Path, found: Copy, to_host: ToHost) -> None:
         with self.stages("device"):
-            planes = found()
+            array = found.wait()
         with self.stages("store"):
-            self.parts.save(self.parts.path(panel, index), planes)
+            self.parts.save(path, array)
+        to_host.give_back(found)
+
+    def _save(self, panel: int, index: int, found: Copy) -> None:
+        self._store(self.parts.path(panel, index), found, self._parts_to_host)
         if self.maps is not None:
             self._collector.submit(self._collect, self.maps, panel, index)
 
@@ -294,11 +303,13 @@ class _Strips:
 
     def view(self) -> np.ndarray:
         """The scene as a small picture shows it, (3, rows, columns) float32, NaN where there is no data."""
-        rows = [
-            [np.load(self._view(panel, row)) for panel in range(len(self.grid.panels))]
-            for row in range(len(self.grid.tops))
-        ]
-        return np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)
+        found, top = np.empty((3, *map(len, sampled(self.grid.height, self.grid.width))), np.float32), 0
+        for row in range(len(self.grid.tops)):
+            lines = [np.load(self._view(panel, row)) for panel in range(len(self.grid.panels))]
+            bottom = top + lines[0].shape[1]
+            np.concatenate(lines, axis=2, out=found[:, top:bottom])
+            top = bottom
+        return found
 
     def _edge(self, panel: int, row: int) -> Path:
         return self.parts.folder / f"edge-{panel:03d}-{row:06d}.npy"
@@ -311,15 +322,8 @@ class _Strips:
         return to_device(torch.from_numpy(np.load(path)), device)
 
     def save_edge(self, panel: int, row: int, scores: Tensor) -> None:
-        path, found = self._edge(panel, row), to_host(scores.clone())
-
-        def save() -> None:
-            with self.stages("device"):
-                edge = found()
-            with self.stages("store"):
-                self.parts.save(path, edge)
-
-        self._edges[path] = self.submit(save)
+        path = self._edge(panel, row)
+        self._edges[path] = self.submit(self._store, path, self._edges_to_host.begin(scores), self._edges_to_host)
 
     def remove_edges(self, panel: int, rows: range) -> None:
         """Of the columns before ``panel``, where no part of ``panel`` waits for them any more."""

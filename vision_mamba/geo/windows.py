@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from .room import Room
 
 _PANEL = 3072  # pixels: what is held of a scene's width at once
 
@@ -65,6 +68,11 @@ class Grid:
         count = -(-columns // most)
         return [range(columns * i // count, columns * (i + 1) // count) for i in range(count)]
 
+    @property
+    def widest(self) -> int:
+        """Pixel columns of the widest group, with those it shares with the next."""
+        return max(self.lefts[columns[-1]] - self.lefts[columns[0]] for columns in self.panels) + self.window
+
     def pixels(self, columns: range) -> range:
         """The pixel columns that no window column after ``columns`` touches, and none before has finished."""
         lefts = [*self.lefts, self.width]
@@ -85,6 +93,7 @@ def blend_rows(
     columns: range | None = None,
     load_edge: Callable[[int], Tensor] | None = None,
     save_edge: Callable[[int, Tensor], None] | None = None,
+    rooms: Sequence[Room] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Weighted mean of overlapping windows' scores.
 
@@ -96,34 +105,38 @@ def blend_rows(
         columns: which window columns, without a gap; None for all.
         load_edge: gives for a window row what ``save_edge`` was given where the columns before ended.
         save_edge: takes for a window row what these columns share with those after them.
+        rooms: two on the scores' device, for one group of columns after another.
 
     Yields:
         For each window row its first pixel row, and (classes, pixel rows, ``grid.pixels(columns)``): the rows that no
-        later window touches. Rows that an omitted earlier window row touches lack its part.
+        later window touches, until the next are asked for. Rows that an omitted earlier window row touches lack its
+        part.
     """
     tops, lefts = [*grid.tops, grid.height], grid.lefts
     columns = range(len(lefts)) if columns is None else columns
     scores = iter(scores)
-    carry: Tensor | None = None  # what this row of windows shares with the next
+    totals, carries = rooms or [Room(weights.device) for _ in range(2)]
     high, wide = min(grid.window, grid.height), min(grid.window, grid.width)
     left, done = lefts[columns[0]], len(grid.pixels(columns))
     begins = [lefts[column] - left for column in columns]
     # The sum of the weights, the same in each row; from the scene's first column on, for one order of summing.
-    covered = weights.new_zeros(high, lefts[columns[-1]] + wide)
-    for begin in lefts[: columns.stop]:
-        covered[:, begin : begin + wide] += weights[:high, :wide]
-    covered = covered[:, left:]
+    covered = weights.new_zeros(high, begins[-1] + wide)
+    for begin in (begin - left for begin in lefts[: columns.stop] if begin + wide > left):
+        covered[:, max(begin, 0) : begin + wide] += weights[:high, max(-begin, 0) : wide]
+    carry: Tensor | None = None  # what this row of windows shares with the next
+    most = max((top + high - below for top, below in pairwise(grid.tops)), default=0)  # rows of it
     for row in rows:
         total: Tensor | None = None  # scores times weights and, last, the weights
         for begin in begins:
             window = next(scores)[:, :high, :wide]
             if total is None:
-                total = window.new_zeros(len(window) + 1, *covered.shape)
+                total = totals.take((len(window) + 1, *covered.shape), window.dtype, grid.widest).zero_()
                 total[-1] = covered
                 if load_edge:
                     edge = load_edge(row)
                     total[:-1, :, : edge.shape[-1]] += edge
             total[:-1, :, begin : begin + wide] += window
+            del window  # it would keep its whole batch while the next is looked at
         assert total is not None
         if save_edge:
             save_edge(row, total[:-1, :, done:])
@@ -131,6 +144,7 @@ def blend_rows(
         if carry is not None:
             total[:, : carry.shape[1]] += carry
         rows_done = tops[row + 1] - tops[row]
-        carry = total[:, rows_done:].clone() if row != rows[-1] else None  # a view would keep all
+        if row != rows[-1]:
+            carry = carries.take((len(total), most, done), total.dtype, grid.widest)[:, : high - rows_done]
+            carry.copy_(total[:, rows_done:])
         yield tops[row], total[:-1, :rows_done].div_(total[-1, :rows_done])
-        del total  # before the next is made
