@@ -193,6 +193,9 @@ class InferenceGraph:
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
+                # Torch 2.11 leaves the generator in a capture that has no end: it goes on with a state of its own.
+                generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                generator.graphsafe_set_state(generator.clone_state())
                 raise CaptureError(f"cannot be captured as a CUDA graph ({str(error).splitlines()[0]})") from error
         self._graph = graph
 
