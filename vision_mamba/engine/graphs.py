@@ -148,8 +148,8 @@ class InferenceGraph:
     """A function of one tensor, without gradients; its first call captures a CUDA graph, which every call replays.
 
     All inputs must have the first one's shape and dtype. A result is overwritten by the next call. What the function
-    reads besides its input, such as parameters, stays where it is; values that are changed in place are seen. So is what
-    autocast remembers of weights: a context of it around the first call must enclose all of them.
+    reads besides its input, such as parameters, stays where it is; values that are changed in place are seen. What
+    autocast remembers of weights is read there too: a context of it around the first call must enclose all of them.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -433,4 +433,5 @@ def print_result(
         print(f"{name:36s}{result['top1']:9.2%}{top5:>9s}{macro}{result['loss']:9.4f}")
     if knn is not None:
         print(f"{'nearest neighbours on pixels':36s}{knn:9.2%}")
-    print(f"\nwritten to {output}: {', '.join(sorted(p.name for p in output.iterdir()))}")
+    names = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
+    print(f"\nwritten to {output}: {', '.join(names)}")
