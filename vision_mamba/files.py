@@ -57,17 +57,19 @@ def only_writer(folder: str | os.PathLike) -> Iterator[None]:
     """
     path = Path(folder) / ".writer"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
     with open(path, "w") as file:
-        if fcntl is not None:
-            # A lock of this process alone: a killed one's loaders, which outlive it by seconds, do not hold it.
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise UserError(
-                    f"another process is writing to {folder}: wait for it or stop it, or choose another folder"
-                ) from None
-            except OSError:
-                pass
+        # A lock of this process alone: a killed one's loaders, which outlive it by seconds, do not hold it.
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"another process is writing to {folder}: wait for it or stop it, or choose another folder"
+            ) from None
+        except OSError:
+            pass  # a disk without locks
         try:
             yield
         finally:
