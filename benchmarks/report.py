@@ -49,4 +49,4 @@ def write_results(name: str, device: torch.device, start: str, out: Path | None,
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -66,11 +65,11 @@ def train(config: Config, output: Path, *, resume: str | Path | None = None) -> 
         UserError: Something in the configuration or the data is wrong, another process is writing to `output`, or the
             loss stopped being finite.
     """
-    with ExitStack() as held:
+    with contextlib.ExitStack() as held:
         return _train(config, output, resume, held)
 
 
-def _train(config: Config, output: Path, resume: str | Path | None, held: ExitStack) -> dict[str, Any]:
+def _train(config: Config, output: Path, resume: str | Path | None, held: contextlib.ExitStack) -> dict[str, Any]:
     device, rank, world_size = start_processes(config.train.device)
     main = rank == 0
     if device.type == "cpu" and config.train.amp == "fp16":

@@ -25,7 +25,6 @@ from .models import Detector
 from .parts import Parts, Writer
 from .products import decimated
 from .reader import Batch, SceneReader, each_window, gdal_options
-from .stages import Stages
 from .windows import Grid
 
 
@@ -127,7 +126,7 @@ def detect_raster(
     try:
         with parts.progress(source, planned, progress and rank == 0) as bar, Writer() as writer:
             where = [(grid.panels[panel], rows) for panel, rows in planned]
-            with closing(each_window(reader, grid, where, batch_size, look, bar, Stages())) as windows:
+            with closing(each_window(reader, grid, where, batch_size, look, bar)) as windows:
                 for panel, rows in planned:
                     columns = grid.panels[panel]
                     for row in rows:

@@ -132,7 +132,6 @@ class SceneReader:
         source: str | os.PathLike,
         model: SceneModel,
         value_range: Sequence[float] | None = None,
-        stages: Stages | None = None,
     ) -> None:
         self.rasterio = load_rasterio()
         self.path = Path(source)
@@ -155,7 +154,7 @@ class SceneReader:
         self._spare: deque[tuple[Tensor, Any]] = deque()  # room for batches, and when the device is done with it
         self._rows = [_Rows(self.device, pinned=self._stream is not None) for _ in range(2)]
         self.sampled = sampled(self.height, self.width)
-        self._stages = stages or Stages()
+        self.stages = Stages()
 
     def _check(self, scene, value_range) -> None:
         model, path = self.model, self.path
@@ -230,7 +229,7 @@ class SceneReader:
                     box = tops[row], min(tops[row] + grid.window, self.height), lefts[columns[0]], right
                     self._rows.reverse()  # the others still have what the two share
                     self._rows[0].wait()
-                    with self._stages("read"):
+                    with self.stages("read"):
                         held = self._read(pool, scenes, held, self._rows[0], grid, *box)
                 if number % wide == 0:
                     begun[row] = held.finished(tops[row + 1], len(grid.pixels(columns)))
@@ -418,16 +417,14 @@ def each_window(
     batch_size: int,
     look: Callable[[Batch], Any],
     bar: tqdm,
-    stages: Stages,
 ) -> Generator[Any, None, None]:
     """What ``look`` (an item a window of its batch) finds in each window of each (columns, rows) of ``planned``.
 
     Reading goes ahead of it, from one group of columns to the next as well.
     """
-
     with closing(ahead(reader.batches(grid, planned, batch_size), 1)) as batches:
         while True:
-            with stages("wait for reading"):
+            with reader.stages("wait for reading"):
                 batch = next(batches, None)
             if batch is None:
                 return

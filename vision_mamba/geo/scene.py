@@ -127,8 +127,8 @@ def segment_raster(
         raise UserError(f"cuda_graphs wants a GPU, and the model is on {segmentor.device}")
     overlap = window // 4 if overlap is None else overlap
     begun = time.monotonic()
-    stages = Stages()
-    reader = SceneReader(source, segmentor, value_range, stages)
+    reader = SceneReader(source, segmentor, value_range)
+    stages = reader.stages
     grid = Grid(reader.height, reader.width, window, overlap)
     weights = blend_weights(window, overlap, blend).to(segmentor.device)
     files = SceneFiles.plan(source, out, confidence=confidence, probabilities=probabilities, polygons=polygons)
@@ -189,7 +189,7 @@ def segment_raster(
         # Entered here too, for all of it: what autocast casts of the weights is kept until then.
         with bar, maps or nullcontext(), strips, segmentor.autocast():
             where = [(grid.panels[panel], rows) for panel, _, rows in planned]
-            with closing(each_window(reader, grid, where, batch_size, look, bar, stages)) as scores:
+            with closing(each_window(reader, grid, where, batch_size, look, bar)) as scores:
                 for panel, run, rows in planned:
                     columns = grid.panels[panel]
                     blended = blend_rows(

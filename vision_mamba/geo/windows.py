@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -52,11 +53,11 @@ class Grid:
         if self.window < 1 or not 0 <= self.overlap < self.window:
             raise ValueError(f"window {self.window} and overlap {self.overlap}: 0 <= overlap < window is needed")
 
-    @property
+    @cached_property
     def tops(self) -> list[int]:
         return starts(self.height, self.window, self.overlap)
 
-    @property
+    @cached_property
     def lefts(self) -> list[int]:
         return starts(self.width, self.window, self.overlap)
 
