@@ -58,6 +58,7 @@ def _language() -> dict:
         "constexpr": tl.constexpr,
         "float32": tl.float32,
         "int64": tl.int64,
+        "uint32": tl.uint32,
         "static_range": lambda *bounds: range(*_plain(bounds)),
         "BlockedLayout": _Blocked,
         "SliceLayout": lambda *_: None,

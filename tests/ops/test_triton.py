@@ -253,16 +253,16 @@ def test_gluon_scan_in_segments_agrees_with_the_reference(case, block, warps, mo
 
 
 def test_segments_where_programs_are_few(monkeypatch):
-    """On 132 multiprocessors: enough images fill them, and one image alone has too few channels."""
+    """On 132 multiprocessors: enough images fill them, and one image alone has too few channels for a long walk."""
     module = pytest.importorskip("vision_mamba.ops.triton.selective_scan")
     monkeypatch.setattr(module, "_wanted_programs", lambda device, config: 132 * config.resident // config.warps)
     chosen = {}
-    for batch, length in ((128, 197), (64, 785), (32, 785), (16, 2048), (8, 6085), (1, 65536), (16, 64)):
+    for batch, length in ((128, 197), (64, 785), (32, 785), (16, 2048), (8, 6085), (1, 65536), (1, 197), (16, 64)):
         config = module._gluon_forward_config(16, torch.device("cuda"), batch * 384 // 32, length)
         chosen[batch, length] = config.warps, config.block
     assert chosen == {
         (128, 197): (1, 32), (64, 785): (1, 16), (32, 785): (2, 16), (16, 2048): (4, 16), (8, 6085): (4, 8),
-        (1, 65536): (1, 32), (16, 64): (1, 16),
+        (1, 65536): (1, 32), (1, 197): (4, 8), (16, 64): (1, 16),
     }  # fmt: skip
 
 
@@ -286,8 +286,8 @@ for kernel, states in (
     print("compiled", json.dumps([kernel, states, used["stack"]]))
 """
 SPILLED = {  # bytes a thread at most, with any Triton: 3.6 has 8 and less in segments, 3.9 up to 48
-    ("forward", 16): 0, ("backward", 8): 256, ("backward", 16): 64,
-    ("segments 16 4", 8): 16, ("segments 16 2", 16): 64, ("segments 16 4", 16): 16, ("segments 8 4", 16): 16,
+    ("forward", 16): 0, ("backward", 8): 64, ("backward", 16): 32,
+    ("segments 16 4", 8): 16, ("segments 16 2", 16): 64, ("segments 16 4", 16): 16, ("segments 8 4", 16): 32,
 }  # fmt: skip
 
 

@@ -23,9 +23,6 @@ LOG2E = gl.constexpr(runtime.LOG2E.value)
 NX = gl.constexpr(4)
 LC = gl.constexpr(8)
 
-_load_rows = gluon.jit(runtime.load_rows.fn)
-_store_rows = gluon.jit(runtime.store_rows.fn)
-_visited = gluon.jit(runtime.visited.fn)
 _sigmoid = gluon.jit(runtime.sigmoid.fn)
 _log1p_below_one = gluon.jit(runtime.log1p_below_one.fn)
 _softplus = gluon.jit(runtime.softplus.fn)
@@ -33,6 +30,31 @@ _step = gluon.jit(runtime.step_of.fn)
 _locate = gluon.jit(runtime.locate.fn)
 
 _jit = runtime.jit_without(runtime.VARYING, gluon.jit)
+
+
+@gluon.jit
+def _ahead(path, position, end):
+    """The tokens at these positions, -1 outside [0, end). Looking at them waits for them: not before their use."""
+    return gl.load(path + position, mask=(position >= 0) & (position < end), other=-1)
+
+
+@gluon.jit
+def _seen(token, length):
+    """Which of the tokens are of the image."""
+    return token.to(gl.uint32, bitcast=True) < gl.cast(length, gl.uint32)
+
+
+@gluon.jit
+def _load_rows(base, token, length, stride, column, column_ok):
+    """Tile [tokens, columns]; zeros where a token is not of the image or the column masked."""
+    at = token[:, None] * stride + column[None, :]
+    return gl.load(base + at, mask=_seen(token, length)[:, None] & column_ok[None, :], other=0.0)
+
+
+@gluon.jit
+def _store_rows(base, token, length, stride, column, column_ok, value):
+    at = token[:, None] * stride + column[None, :]
+    gl.store(base + at, value.to(base.dtype.element_ty), mask=_seen(token, length)[:, None] & column_ok[None, :])
 
 
 @gluon.constexpr_function
@@ -188,17 +210,17 @@ def scan_forward_kernel(
         dt_sum = gl.zeros([T, BLOCK], gl.float32, E2)
 
         # One tile ahead in the rows, two in the path: no load waits for another one.
-        token_e = _visited(path, start + step_e, end, length)
-        token_s = _visited(path, start + step_s, end, length)
-        delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
-        u_next = _load_rows(u_rows, token_e, u_l, c, c_ok)
-        b_next = _load_rows(B_rows, token_s, B_l, n, n_ok)
+        token_e = _ahead(path, start + step_e, end)
+        token_s = _ahead(path, start + step_s, end)
+        delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
+        u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
+        b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
         if y is not None:
-            c_next = _load_rows(C_rows, token_s, C_l, n, n_ok)
+            c_next = _load_rows(C_rows, token_s, length, C_l, n, n_ok)
             if z is not None:
-                z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
-        token_e_next = _visited(path, start + T + step_e, end, length)
-        token_s_next = _visited(path, start + T + step_s, end, length)
+                z_next = _load_rows(z_rows, token_e, length, z_l, c, c_ok)
+        token_e_next = _ahead(path, start + T + step_e, end)
+        token_s_next = _ahead(path, start + T + step_s, end)
         for t0 in range(start, end, T):
             token = token_e
             dt = delta_next.to(gl.float32) + shift[None, :]
@@ -210,20 +232,20 @@ def scan_forward_kernel(
                     zf = z_next.to(gl.float32)
             token_e = token_e_next
             token_s = token_s_next
-            delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
-            u_next = _load_rows(u_rows, token_e, u_l, c, c_ok)
-            b_next = _load_rows(B_rows, token_s, B_l, n, n_ok)
+            delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
+            u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
+            b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
             if y is not None:
-                c_next = _load_rows(C_rows, token_s, C_l, n, n_ok)
+                c_next = _load_rows(C_rows, token_s, length, C_l, n, n_ok)
                 if z is not None:
-                    z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
-            token_e_next = _visited(path, t0 + 2 * T + step_e, end, length)
-            token_s_next = _visited(path, t0 + 2 * T + step_s, end, length)
+                    z_next = _load_rows(z_rows, token_e, length, z_l, c, c_ok)
+            token_e_next = _ahead(path, t0 + 2 * T + step_e, end)
+            token_s_next = _ahead(path, t0 + 2 * T + step_s, end)
             if LOOP_PATHS:  # the sum over the paths that were walked before
-                y_before = _load_rows(y_rows, gl.where(k > 0, token, -1), y_l, c, c_ok)
+                y_before = _load_rows(y_rows, gl.where(k > 0, token, -1), length, y_l, c, c_ok)
 
             if SOFTPLUS:
-                dt = _softplus(dt)
+                dt = _softplus(dt, delta.dtype.element_ty.primitive_bitwidth)
             dt = gl.where((t0 + step_e < end)[:, None], dt, 0.0)
             _put(rows.index(0), dt)
             _put(rows.index(1), dt * uf)
@@ -261,7 +283,7 @@ def scan_forward_kernel(
                     out = out * zf * _sigmoid(zf)
                 if LOOP_PATHS:
                     out = out + y_before.to(gl.float32)
-                _store_rows(y_rows, token, y_l, c, c_ok, out)
+                _store_rows(y_rows, token, length, y_l, c, c_ok, out)
 
         if y is not None:
             if span_index == num_spans - 1:
@@ -420,16 +442,16 @@ def scan_segments_kernel(
         h = h.to(gl.float32)
 
     # One tile ahead in the rows, two in the path: no load waits for another one.
-    token_e = _visited(path, step_e, length, length)
-    token_s = _visited(path, step_s, length, length)
-    delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
-    u_next = _load_rows(u_rows, token_e, u_l, c, c_ok)
-    b_next = _load_rows(B_rows, token_s, B_l, n, n_ok)
-    c_next = _load_rows(C_rows, token_s, C_l, n, n_ok)
+    token_e = _ahead(path, step_e, length)
+    token_s = _ahead(path, step_s, length)
+    delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
+    u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
+    b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
+    c_next = _load_rows(C_rows, token_s, length, C_l, n, n_ok)
     if z is not None:
-        z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
-    token_e_next = _visited(path, STEPS + step_e, length, length)
-    token_s_next = _visited(path, STEPS + step_s, length, length)
+        z_next = _load_rows(z_rows, token_e, length, z_l, c, c_ok)
+    token_e_next = _ahead(path, STEPS + step_e, length)
+    token_s_next = _ahead(path, STEPS + step_s, length)
     for t0 in range(0, length, STEPS):
         token = token_e
         dt = delta_next.to(gl.float32) + shift[None, :]
@@ -437,7 +459,7 @@ def scan_segments_kernel(
         if z is not None:
             z_tile = z_next
         if SOFTPLUS:
-            dt = _softplus(dt)
+            dt = _softplus(dt, delta.dtype.element_ty.primitive_bitwidth)
         dt = gl.where((t0 + step_e < length)[:, None], dt, 0.0)
         _put(dt_rows, dt)
         _put(dtu_rows, dt * u_tile.to(gl.float32))
@@ -445,14 +467,14 @@ def scan_segments_kernel(
         _put(c_rows, c_next.to(gl.float32))
         token_e = token_e_next
         token_s = token_s_next
-        delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
-        u_next = _load_rows(u_rows, token_e, u_l, c, c_ok)
-        b_next = _load_rows(B_rows, token_s, B_l, n, n_ok)
-        c_next = _load_rows(C_rows, token_s, C_l, n, n_ok)
+        delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
+        u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
+        b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
+        c_next = _load_rows(C_rows, token_s, length, C_l, n, n_ok)
         if z is not None:
-            z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
-        token_e_next = _visited(path, t0 + 2 * STEPS + step_e, length, length)
-        token_s_next = _visited(path, t0 + 2 * STEPS + step_s, length, length)
+            z_next = _load_rows(z_rows, token_e, length, z_l, c, c_ok)
+        token_e_next = _ahead(path, t0 + 2 * STEPS + step_e, length)
+        token_s_next = _ahead(path, t0 + 2 * STEPS + step_s, length)
 
         change = gl.zeros([WARPS, QC, NH, NX, LC], gl.float32, D5)
         time = gl.zeros([WARPS, QC, 1, 1, LC], gl.float32, D5)
@@ -498,7 +520,7 @@ def scan_segments_kernel(
         if z is not None:
             zf = z_tile.to(gl.float32)
             out = out * zf * _sigmoid(zf)
-        _store_rows(y_rows, token, y_l, c, c_ok, out)
+        _store_rows(y_rows, token, length, y_l, c, c_ok, out)
 
     last = (image * num_paths + k) * N * dim + (first_c + h_channel).to(gl.int64) * N + h_state
     gl.store(last_state + last, h, mask=h_ok)
@@ -604,8 +626,8 @@ def scan_backward_kernel(
 
         first_chunk = start // CHUNK
         chunks_here = (end - start + CHUNK - 1) // CHUNK
-        token_e = _visited(path, (first_chunk + chunks_here - 1) * CHUNK + step_e, end, length)
-        token_s = _visited(path, (first_chunk + chunks_here - 1) * CHUNK + step_s, end, length)
+        token_e = _ahead(path, (first_chunk + chunks_here - 1) * CHUNK + step_e, end)
+        token_s = _ahead(path, (first_chunk + chunks_here - 1) * CHUNK + step_s, end)
         for i in range(chunks_here):
             chunk = first_chunk + chunks_here - 1 - i
             t_chunk = chunk * CHUNK
@@ -614,22 +636,22 @@ def scan_backward_kernel(
             # The first loads of both sweeps at once, and the first of the path for the chunk that comes next.
             border = states + ((image * num_chunks + chunk) * num_paths + k) * N * border_n
             h = gl.load(border + state_at, mask=nc_ok, other=0.0)
-            delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
-            u_next = _load_rows(u_rows, token_e, u_l, c, c_ok)
-            b_next = _load_rows(B_rows, token_s, B_l, n, n_ok)
-            last_e = _visited(path, t_last + step_e, end, length)
-            last_s = _visited(path, t_last + step_s, end, length)
-            token_e = _visited(path, t_chunk + T + step_e, end, length)
-            token_s = _visited(path, t_chunk + T + step_s, end, length)
-            delta_last = _load_rows(delta_rows, last_e, delta_l, c, c_ok)
-            u_last = _load_rows(u_rows, last_e, u_l, c, c_ok)
-            dy_next = _load_rows(dy_rows, last_e, dy_l, c, c_ok)
+            delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
+            u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
+            b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
+            last_e = _ahead(path, t_last + step_e, end)
+            last_s = _ahead(path, t_last + step_s, end)
+            token_e = _ahead(path, t_chunk + T + step_e, end)
+            token_s = _ahead(path, t_chunk + T + step_s, end)
+            delta_last = _load_rows(delta_rows, last_e, length, delta_l, c, c_ok)
+            u_last = _load_rows(u_rows, last_e, length, u_l, c, c_ok)
+            dy_next = _load_rows(dy_rows, last_e, length, dy_l, c, c_ok)
             if z is not None:
-                z_next = _load_rows(z_rows, last_e, z_l, c, c_ok)
-            b_last = _load_rows(B_rows, last_s, B_l, n, n_ok)
-            c_next = _load_rows(C_rows, last_s, C_l, n, n_ok)
-            token_e_next = _visited(path, gl.where(tiles > 1, t_last - T, -T) + step_e, end, length)
-            token_s_next = _visited(path, gl.where(tiles > 1, t_last - T, -T) + step_s, end, length)
+                z_next = _load_rows(z_rows, last_e, length, z_l, c, c_ok)
+            b_last = _load_rows(B_rows, last_s, length, B_l, n, n_ok)
+            c_next = _load_rows(C_rows, last_s, length, C_l, n, n_ok)
+            token_e_next = _ahead(path, gl.where(tiles > 1, t_last - T, -T) + step_e, end)
+            token_s_next = _ahead(path, gl.where(tiles > 1, t_last - T, -T) + step_s, end)
 
             # The states before each half tile.
             borders.index(0).store(gl.permute(h, (0, 1, 3, 4, 2)))
@@ -639,13 +661,13 @@ def scan_backward_kernel(
                 dt = delta_next.to(gl.float32) + shift[None, :]
                 uf = u_next.to(gl.float32)
                 bf = b_next.to(gl.float32)
-                delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
-                u_next = _load_rows(u_rows, token_e, u_l, c, c_ok)
-                b_next = _load_rows(B_rows, token_s, B_l, n, n_ok)
-                token_e = _visited(path, t_chunk + (s + 2) * T + step_e, end, length)
-                token_s = _visited(path, t_chunk + (s + 2) * T + step_s, end, length)
+                delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
+                u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
+                b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
+                token_e = _ahead(path, t_chunk + (s + 2) * T + step_e, end)
+                token_s = _ahead(path, t_chunk + (s + 2) * T + step_s, end)
                 if SOFTPLUS:
-                    dt = _softplus(dt)
+                    dt = _softplus(dt, delta.dtype.element_ty.primitive_bitwidth)
                 _put(rows.index(0), dt)
                 _put(rows.index(1), dt * uf)
                 _put(pair.index(0), bf)
@@ -663,8 +685,8 @@ def scan_backward_kernel(
             b_next = b_last
             token = last_e
             token_n = last_s
-            token_e = _visited(path, gl.where(i + 1 < chunks_here, t_chunk - CHUNK, -T) + step_e, end, length)
-            token_s = _visited(path, gl.where(i + 1 < chunks_here, t_chunk - CHUNK, -T) + step_s, end, length)
+            token_e = _ahead(path, gl.where(i + 1 < chunks_here, t_chunk - CHUNK, -T) + step_e, end)
+            token_s = _ahead(path, gl.where(i + 1 < chunks_here, t_chunk - CHUNK, -T) + step_s, end)
             for j in range(tiles):
                 s = tiles - 1 - j
                 position = t_chunk + s * T + step_e
@@ -676,24 +698,26 @@ def scan_backward_kernel(
                     zf = z_next.to(gl.float32)
                 bf = b_next.to(gl.float32)
                 cf = c_next.to(gl.float32)
-                delta_next = _load_rows(delta_rows, token_e_next, delta_l, c, c_ok)
-                u_next = _load_rows(u_rows, token_e_next, u_l, c, c_ok)
-                dy_next = _load_rows(dy_rows, token_e_next, dy_l, c, c_ok)
+                delta_next = _load_rows(delta_rows, token_e_next, length, delta_l, c, c_ok)
+                u_next = _load_rows(u_rows, token_e_next, length, u_l, c, c_ok)
+                dy_next = _load_rows(dy_rows, token_e_next, length, dy_l, c, c_ok)
                 if z is not None:
-                    z_next = _load_rows(z_rows, token_e_next, z_l, c, c_ok)
-                b_next = _load_rows(B_rows, token_s_next, B_l, n, n_ok)
-                c_next = _load_rows(C_rows, token_s_next, C_l, n, n_ok)
+                    z_next = _load_rows(z_rows, token_e_next, length, z_l, c, c_ok)
+                b_next = _load_rows(B_rows, token_s_next, length, B_l, n, n_ok)
+                c_next = _load_rows(C_rows, token_s_next, length, C_l, n, n_ok)
+                token_e_after = _ahead(path, gl.where(s > 1, t_chunk + (s - 2) * T, -T) + step_e, end)
+                token_s_after = _ahead(path, gl.where(s > 1, t_chunk + (s - 2) * T, -T) + step_s, end)
                 if ADD_DU:
-                    du_before = _load_rows(du_rows, gl.where(k > 0, token, -1), du_l, c, c_ok)
+                    du_before = _load_rows(du_rows, gl.where(k > 0, token, -1), length, du_l, c, c_ok)
                 if ADD_DZ:
-                    dz_before = _load_rows(dz_rows, gl.where(k > 0, token, -1), dz_l, c, c_ok)
+                    dz_before = _load_rows(dz_rows, gl.where(k > 0, token, -1), length, dz_l, c, c_ok)
 
                 exists = (position < end)[:, None]
                 if SOFTPLUS:
                     e = gl.exp2(gl.abs(dt) * -LOG2E)
                     r_e = gl.rsqrt(1.0 + e)
                     slope = gl.where(exists, gl.where(dt > 0, 1.0, e) * r_e * r_e, 0.0)
-                    dt = gl.maximum(dt, 0.0) + _log1p_below_one(e)
+                    dt = gl.maximum(dt, 0.0) + _log1p_below_one(e, delta.dtype.element_ty.primitive_bitwidth)
                 else:
                     slope = gl.where(exists, gl.full([T, BLOCK], 1.0, gl.float32, E2), 0.0)
                 dt = gl.where(exists, dt, 0.0)
@@ -758,9 +782,9 @@ def scan_backward_kernel(
                     gate = dgate * (_add_lanes(part_y, NX, E2) + d[None, :] * uf)
                     if ADD_DZ:
                         gate += dz_before.to(gl.float32)
-                    _store_rows(dz_rows, token, dz_l, c, c_ok, gate)
-                _store_rows(dC + partial, token_n, dB_l, n, n_ok, _add_lanes(part_c, LC, S2))
-                _store_rows(dB + partial, token_n, dB_l, n, n_ok, _add_lanes(part_b, LC, S2))
+                    _store_rows(dz_rows, token, length, dz_l, c, c_ok, gate)
+                _store_rows(dC + partial, token_n, length, dB_l, n, n_ok, _add_lanes(part_c, LC, S2))
+                _store_rows(dB + partial, token_n, length, dB_l, n, n_ok, _add_lanes(part_b, LC, S2))
                 gb = _add_lanes(part_u, NX, E2)
                 ddt = (_add_lanes(part_a, NX, E2) * (1.0 / LOG2E) + gb * uf) * slope
                 dshift += ddt
@@ -768,12 +792,12 @@ def scan_backward_kernel(
                 grad_u = dt * gb + d[None, :] * dout
                 if ADD_DU:
                     grad_u += du_before.to(gl.float32)
-                _store_rows(du_rows, token, du_l, c, c_ok, grad_u)
-                _store_rows(ddelta_rows, token, ddelta_l, c, c_ok, ddt)
+                _store_rows(du_rows, token, length, du_l, c, c_ok, grad_u)
+                _store_rows(ddelta_rows, token, length, ddelta_l, c, c_ok, ddt)
                 token = token_e_next
                 token_n = token_s_next
-                token_e_next = _visited(path, gl.where(s > 1, t_chunk + (s - 2) * T, -T) + step_e, end, length)
-                token_s_next = _visited(path, gl.where(s > 1, t_chunk + (s - 2) * T, -T) + step_s, end, length)
+                token_e_next = token_e_after
+                token_s_next = token_s_after
 
         at = ((image * num_spans + span_index) * num_paths + k) * border_n
         gl.store(dA + at * N + state_at, da, mask=nc_ok)
@@ -841,13 +865,13 @@ def span_backward_kernel(
     dt_sum = gl.zeros([T, BLOCK], gl.float32, E2)
 
     t_last = start + (end - start - 1) // T * T
-    token_e = _visited(path, t_last + step_e, end, length)
-    token_s = _visited(path, t_last + step_s, end, length)
-    delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
-    dy_next = _load_rows(dy_rows, token_e, dy_l, c, c_ok)
-    c_next = _load_rows(C_rows, token_s, C_l, n, n_ok)
+    token_e = _ahead(path, t_last + step_e, end)
+    token_s = _ahead(path, t_last + step_s, end)
+    delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
+    dy_next = _load_rows(dy_rows, token_e, length, dy_l, c, c_ok)
+    c_next = _load_rows(C_rows, token_s, length, C_l, n, n_ok)
     if z is not None:
-        z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
+        z_next = _load_rows(z_rows, token_e, length, z_l, c, c_ok)
     for back in range(0, t_last - start + T, T):
         position = t_last - back
         dt = delta_next.to(gl.float32) + shift[None, :]
@@ -857,15 +881,15 @@ def span_backward_kernel(
             zf = z_next.to(gl.float32)
             dout = dout * zf * _sigmoid(zf)
         before = gl.where(position > start, position - T, -T)
-        token_e = _visited(path, before + step_e, end, length)
-        token_s = _visited(path, before + step_s, end, length)
-        delta_next = _load_rows(delta_rows, token_e, delta_l, c, c_ok)
-        dy_next = _load_rows(dy_rows, token_e, dy_l, c, c_ok)
-        c_next = _load_rows(C_rows, token_s, C_l, n, n_ok)
+        token_e = _ahead(path, before + step_e, end)
+        token_s = _ahead(path, before + step_s, end)
+        delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
+        dy_next = _load_rows(dy_rows, token_e, length, dy_l, c, c_ok)
+        c_next = _load_rows(C_rows, token_s, length, C_l, n, n_ok)
         if z is not None:
-            z_next = _load_rows(z_rows, token_e, z_l, c, c_ok)
+            z_next = _load_rows(z_rows, token_e, length, z_l, c, c_ok)
         if SOFTPLUS:
-            dt = _softplus(dt)
+            dt = _softplus(dt, delta.dtype.element_ty.primitive_bitwidth)
         dt = gl.where((position + step_e < end)[:, None], dt, 0.0)
         dt_sum += dt
         _put(rows.index(0), dt)

@@ -96,7 +96,7 @@ def _step_sizes(delta, bias, position, end, SOFTPLUS: tl.constexpr):
     raw = delta.to(tl.float32) + bias[None, :]
     dt = raw
     if SOFTPLUS:
-        dt = softplus(raw)
+        dt = softplus(raw, delta.dtype.primitive_bitwidth)
     return raw, _settled(tl.where((position < end)[:, None], dt, 0.0))
 
 
@@ -649,6 +649,7 @@ MAX_STATES = 256  # of a channel: eight warps then hold one step of them
 _REGISTERS = 168  # a thread: twelve warps then fit on a multiprocessor of 65536
 _MOST_WAVES = 1.4  # beyond it, walking spans twice on a full device is no slower
 _SPAN_STEPS = 64  # shorter spans cost more in launches than they gain
+_ONE_WALK = 1536  # up to as many steps, one launch beats the three of spans on a device that it does not fill
 
 
 def _forward_config(num_states: int, fills: bool = True) -> _Config:
@@ -691,7 +692,7 @@ def _gluon_forward_config(num_states: int, device: torch.device, programs: int, 
         # Of equal ones the first: two warps have fewer segments to link (5 % on an H100 in 32 x 1025 steps).
         shared = [_segments_config(num_states, block, warps) for block, warps in ((16, 2), (16, 4), (8, 4))]
         shared = min(shared, key=lambda config: _waves(config, device, programs))
-        if length >= 2 * _SPAN_STEPS and _waves(shared, device, programs) <= _MOST_WAVES:
+        if length >= 2 * _SPAN_STEPS and (length <= _ONE_WALK or _waves(shared, device, programs) <= _MOST_WAVES):
             return shared
     most_spans = max(min(length // _SPAN_STEPS, math.isqrt(length)), 1)
     if wanted // 6 <= programs < wanted // 2 or programs * most_spans < wanted:
