@@ -338,3 +338,36 @@ def test_residual_stream_and_states_are_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(torch.randn(1, 3, 64, 64))
     assert seen == [torch.bfloat16, (torch.float32, torch.float32)]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_additions_within_norms(training):
+    """Unobserved, a block's addition is part of the next norm's pass; with a hook on a block, its own: same numbers."""
+    torch.manual_seed(0)
+    model = timm.create_model("vim_tiny_patch16_224", img_size=32, depth=3, num_classes=5).double().train(training)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+    def run():
+        model.zero_grad()
+        logits = model(images)
+        logits.square().mean().backward()
+        return {"logits": logits.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    assert model._adds_within_norms(images)
+    found = run()
+    seen = []
+    handle = model.blocks[1].register_forward_hook(lambda block, given, output: seen.append(output.detach()))
+    assert not model._adds_within_norms(images)
+    expected = run()
+    handle.remove()
+    with torch.no_grad():
+        (stream,) = model.forward_intermediates(images, [1], output_fmt="NLC", norm=False, intermediates_only=True)
+    assert_close("what the hook saw", remove_tokens(seen[0], (2,)), stream, 1e-12)
+    for name, tensor in expected.items():
+        assert_close(name, found[name], tensor, 1e-12)
+    for norm in (model.norm, model.blocks[0].norm):
+        handle = norm.register_forward_pre_hook(lambda module, given: None)
+        assert not model._adds_within_norms(images)
+        handle.remove()
+    model.set_grad_checkpointing()
+    assert not model._adds_within_norms(images)

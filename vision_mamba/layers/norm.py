@@ -30,8 +30,12 @@ class LayerNorm(nn.LayerNorm):
         self.stream = stream
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.after(x, None)[0]
+
+    def after(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``r = x + residual`` and its norm in one pass: the norm, and r."""
         dtype = _written(x, self.weight, self.stream)
-        return add_norm(x, None, self.weight, self.bias, norm="layer", eps=self.eps, dtype=dtype)[0]
+        return add_norm(x, residual, self.weight, self.bias, norm="layer", eps=self.eps, dtype=dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -40,7 +44,11 @@ class RMSNorm(nn.RMSNorm):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        return add_norm(x, None, self.weight, norm="rms", eps=self.eps, dtype=_written(x, self.weight, False))[0]
+        return self.after(x, None)[0]
+
+    def after(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As :meth:`LayerNorm.after`."""
+        return add_norm(x, residual, self.weight, norm="rms", eps=self.eps, dtype=_written(x, self.weight, False))
 
 
 def add_layer_norm(x: Tensor, residual: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from timm.layers import resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from ..layers import OverlapPatchEmbed
 from ..paths import scan_paths
@@ -24,6 +26,8 @@ except ImportError:  # timm 1.0.28 and before keep no record of a model's own si
     def update_model_input_size(model: nn.Module, img_size: int | Sequence[int] | None, **model_args: Any) -> None:
         pass
 
+
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 # torch.fx takes these whole: they look at sizes, which have no values while it traces.
 register_notrace_module(OverlapPatchEmbed)
@@ -112,9 +116,40 @@ class PlainModel(nn.Module):
         return ()
 
     def _walk(self, x: Tensor, paths: Sequence[Tensor] | Tensor) -> Tensor:
-        for i, block in enumerate(self.blocks):
-            x = self._block(block, x, paths[i])
-        return self.norm(x)
+        if not self._adds_within_norms(x):
+            for i, block in enumerate(self.blocks):
+                x = self._block(block, x, paths[i])
+            return self.norm(x)
+        blocks: list[Any] = list(self.blocks)
+        norms = [*(block.norm for block in blocks), self.norm]
+        normed = norms[0](x)
+        for i, block in enumerate(blocks):
+            normed, x = norms[i + 1].after(block.branch(normed, paths[i]), x)
+        return normed
+
+    def _adds_within_norms(self, x: Tensor) -> bool:
+        """Whether a block's addition can be made in one pass with the next block's norm.
+
+        It is then outside of the block. So only where a block is but what it adds to its normalised input (``branch``),
+        and nobody looks at what a block or a norm is given and returns: no hooks, no tracer, no compiler.
+        """
+        blocks: list[Any] = list(self.blocks)
+        if (
+            self.grad_checkpointing
+            or not blocks
+            or isinstance(x, torch.fx.Proxy)
+            or torch.jit.is_scripting()
+            or torch.jit.is_tracing()
+            or torch.compiler.is_compiling()
+            or any(getattr(torch_module, f"_global_{hooks}") for hooks in _HOOKS)
+            or not all(hasattr(type(block), "branch") for block in blocks)
+        ):
+            return False
+        norms = [*(block.norm for block in blocks), self.norm]
+        return all(hasattr(type(norm), "after") for norm in norms) and not any(
+            module._compiled_call_impl or any(getattr(module, f"_{hooks}") for hooks in _HOOKS)
+            for module in (*blocks, *norms)
+        )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, in_chans, height, width) -> normalised tokens (batch, L, embed_dim), class tokens in place."""

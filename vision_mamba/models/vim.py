@@ -53,8 +53,12 @@ class VimBlock(nn.Module):
         self.mixer = AttentionMixer(dim, **dd) if mixer_args is None else MambaMixer(dim, **mixer_args, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
+    def branch(self, x: Tensor, paths: Tensor) -> Tensor:
+        """What is added to the tokens, from the normalised tokens."""
+        return self.drop_path(self.mixer(x, paths))
+
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
-        return x + self.drop_path(self.mixer(self.norm(x), paths))
+        return x + self.branch(self.norm(x), paths)
 
 
 class VimPairBlock(nn.Module):
