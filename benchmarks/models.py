@@ -11,7 +11,10 @@ each is kept. With ``--official`` the official code runs too, eagerly (on a CPU:
 it has there; of training only one step at batch 1, as that takes minutes), and a time is printed only if our logits
 agree with its logits; where it cannot run, out of memory for example, its row says so. ``graph`` replays the eager
 kernels as one CUDA graph: what the device takes, without Python. ``checkpointed`` is eager training with gradient
-checkpointing. Memory (not of graphs) is the peak beyond weights (and gradients, after one step) and input.
+checkpointing. Forward passes are of models prepared by ``timm.utils.reparameterize_model``, whosever they are (of the
+official ones it changes nothing). Memory (not of graphs) is the peak beyond weights (and gradients, after one step) and
+input.
+
 Results go to results/FAMILY-DEVICE.json; results/models-DEVICE.json has all families', each model beside each peer.
 """
 
@@ -144,6 +147,7 @@ def main() -> None:
         }
         error = None
         if args.official:
+            torch.backends.cudnn.allow_tf32 = False  # logits are compared in float32
             assert family.official is not None
             models["official"] = official = family.official(args.official, size).to(device).eval()
             vision_mamba.load_checkpoint(models[family.ours], official.state_dict())

@@ -1,12 +1,15 @@
 """Layers whose GPU form computes in another way than the plain one, and their gradients."""
 
 import pytest
+import timm
+import timm.utils
 import torch
 from torch.nn import functional as F
 
 from tests.conftest import assert_close
-from vision_mamba.layers import OverlapPatchEmbed
-from vision_mamba.layers.mamba import shared_linear
+from vision_mamba.layers import MambaMixer, OverlapPatchEmbed
+from vision_mamba.layers.mamba import FusedMambaMixer, shared_linear
+from vision_mamba.layers.ss2d import SS2D, FusedSS2D
 
 
 @pytest.mark.parametrize("size", [(32, 48), (16, 16)])
@@ -49,3 +52,58 @@ def test_a_shared_product_leaves_the_gradients_of_others_alone():
     tokens, product = shared_linear(2 * x, weight)
     (tokens.sum() + product.sum()).backward()  # the gradient of a sum is one number, seen everywhere
     assert_close("gradient", x.grad, 2 * (1 + weight.sum(0)).expand(3, 6), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"average": True, "num_paths": 3, "layer_scale": 0.3},
+        {"share_paths": True},
+        {"share_paths": True, "num_paths": 3, "average": True},
+        {"num_paths": 1, "layer_scale": 0.3},
+    ],
+    ids=str,
+)
+def test_fused_mixer_is_the_mixer(options):
+    """Paths are averaged and scaled within the output projection, and the matrices of all paths are one."""
+    torch.manual_seed(0)
+    mixer = MambaMixer(12, d_state=4, **options)
+    paths = torch.stack([torch.randperm(20) for _ in range(mixer.num_paths)])
+    fused = FusedMambaMixer(mixer)
+    with torch.no_grad():
+        x = torch.randn(2, 20, 12)
+        assert_close("float32", fused(x, paths), mixer(x, paths), 1e-5)
+        # What was cast in the pass before is of no use any more.
+        x, fused = x.double(), fused.double()
+        assert_close("float64", fused(x, paths), MambaMixer.forward(mixer.double(), x, paths), 1e-6)
+    assert not any(p.requires_grad for name, p in fused.named_parameters() if "in_proj" not in name)
+    assert mixer.fuse() is mixer, "on a CPU the block-diagonal product takes longer"
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_fused_ss2d_is_ss2d(gate):
+    torch.manual_seed(0)
+    mixer = SS2D(12, d_state=3, gate=gate).double()
+    x = torch.randn(2, 4, 5, 12, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close("float64", FusedSS2D(mixer)(x), mixer(x), 1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the fused form is a GPU's")
+@pytest.mark.parametrize("name", ["vim_tiny_patch16_224", "vmamba_tiny_s1l8", "samba"])
+def test_reparameterized_models_agree(name):
+    """``timm.utils.reparameterize_model``: float32, and bfloat16 autocast beside the model's own float32."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).cuda().eval()
+    fused = timm.utils.reparameterize_model(model)
+    assert any(isinstance(module, FusedMambaMixer | FusedSS2D) for module in fused.modules())
+    assert not any(isinstance(module, FusedMambaMixer | FusedSS2D) for module in model.modules()), "a copy"
+    x = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:], device="cuda")
+    with torch.no_grad():
+        expected = model(x)
+        assert_close("float32", fused(x), expected, 1e-4)
+        with torch.autocast("cuda", torch.bfloat16):
+            errors = [((m(x).float() - expected).norm() / expected.norm()).item() for m in (fused, model)]
+    assert errors[0] < 1.5 * errors[1] + 1e-3, errors

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import timm.utils
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +36,8 @@ COLUMNS = (
 class Bench:
     """Times and memory of one model's forward pass, or of its training step, on one device.
 
-    On a GPU under bfloat16 autocast, on a CPU in float32.
+    On a GPU under bfloat16 autocast, on a CPU in float32. A forward pass is of the model prepared for inference
+    (``timm.utils.reparameterize_model``), whosever it is.
 
     Args:
         model: on the device of ``x``.
@@ -46,6 +48,8 @@ class Bench:
     """
 
     def __init__(self, model: nn.Module, x: Tensor, *, training: bool, mode: str) -> None:
+        if not training:
+            model = timm.utils.reparameterize_model(model)  # a copy
         self.model = model.train(training)
         if hasattr(model, "set_grad_checkpointing"):  # the same model may be measured with it before
             model.set_grad_checkpointing(mode == "checkpointed")

@@ -98,16 +98,81 @@ def scan_inputs(x: Tensor, weight: Tensor, d_state: int) -> tuple[Tensor, Tensor
     if x.ndim == 4 and x.device.type == "cpu":
         dt, B, C = path_products(x, weight).split((rank, d_state, d_state), dim=-1)
         return x, dt, B, C
-    if x.ndim == 4:
-        weight = block_diagonal(weight).unflatten(0, (K, -1))
-    # All paths' step sizes first, then all B, then all C: each is a slice whose rows start aligned. Cut in one call,
-    # so that the gradient is one launch too; slices one by one have eight a path.
-    pieces = weight.flatten(0, 1).split((rank, d_state, d_state) * K)
-    rows = torch.cat([pieces[3 * k + part] for part in range(3) for k in range(K)])
-    shared, product = shared_linear(x.flatten(2), rows)
+    shared, product = shared_linear(x.flatten(2), _input_rows(weight, d_state, x.ndim == 4))
     parts = product.split((K * rank, K * d_state, K * d_state), dim=-1)
     dt, B, C = (part.unflatten(-1, (K, -1)) for part in parts)
     return shared.view_as(x), dt, B, C
+
+
+def _input_rows(weight: Tensor, d_state: int, own_tokens: bool) -> Tensor:
+    """(K, R + 2N, D) as one matrix (K (R + 2N), D); with K D columns where each path has tokens of its own.
+
+    All paths' step sizes first, then all B, then all C: each is a slice whose rows start aligned.
+    """
+    K, rank = len(weight), weight.shape[1] - 2 * d_state
+    if own_tokens:
+        weight = block_diagonal(weight).unflatten(0, (K, -1))
+    # Cut in one call, so that the gradient is one launch too; slices one by one have eight a path.
+    pieces = weight.flatten(0, 1).split((rank, d_state, d_state) * K)
+    return torch.cat([pieces[3 * k + part] for part in range(3) for k in range(K)])
+
+
+class FusedScan(nn.Module):
+    """The projections and the scan of a mixer, for inference: what comes of parameters alone is computed once.
+
+    Args:
+        x_proj_weight: (K, R + 2N, D).
+        dt_proj_weight, dt_proj_bias: (K, D, R) and (K, D).
+        A_log: (K, D, N), or of more paths if one set of the other parameters serves all of them.
+        D: (K, D).
+        own_tokens: each path has tokens of its own, (batch, L, K, D).
+    """
+
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    rows: Tensor
+    dt_rows: Tensor
+
+    def __init__(
+        self,
+        x_proj_weight: Tensor,
+        dt_proj_weight: Tensor,
+        dt_proj_bias: Tensor,
+        A_log: Tensor,
+        D: Tensor,
+        *,
+        own_tokens: bool,
+    ) -> None:
+        super().__init__()
+        A = state_matrix(A_log.detach())
+        self.sets, self.d_state, self.shared = len(x_proj_weight), A.shape[-1], len(x_proj_weight) < len(A)
+        self.register_buffer("A", A)
+        self.register_buffer("D", D.detach().clone())
+        self.register_buffer("dt_bias", dt_proj_bias.detach().clone())
+        self.register_buffer("rows", _input_rows(x_proj_weight.detach(), self.d_state, own_tokens))
+        self.register_buffer("dt_rows", block_diagonal(dt_proj_weight.detach()))
+        self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def _apply(self, fn, recurse=True):
+        self._cast.clear()
+        return super()._apply(fn, recurse)
+
+    def forward(self, u: Tensor, z: Tensor | None, paths: Tensor, merge: str) -> Tensor:
+        """Tokens (batch, L, D) or (batch, L, K, D), gate (batch, L, D) -> as :func:`selective_scan`."""
+        if u.dtype not in self._cast:  # once: autocast would do it in every pass
+            self._cast[u.dtype] = self.rows.to(u.dtype), self.dt_rows.to(u.dtype)
+        rows, dt_rows = self._cast[u.dtype]
+        D, bias, states = self.D, self.dt_bias, self.sets * self.d_state
+        dt, B, C = F.linear(u.flatten(2), rows).split((dt_rows.shape[1], states, states), dim=-1)
+        delta = F.linear(dt, dt_rows)
+        if self.shared:
+            D, bias = D[0], bias[0]
+        else:
+            delta, B, C = (tensor.unflatten(-1, (self.sets, -1)) for tensor in (delta, B, C))
+        y = selective_scan(u, delta, self.A, B, C, D, z, bias, delta_softplus=True, paths=paths, merge=merge)
+        assert isinstance(y, Tensor)
+        return y
 
 
 class MambaMixer(nn.Module):
@@ -172,6 +237,13 @@ class MambaMixer(nn.Module):
         nn.init.uniform_(self.conv_bias, -conv_bound, conv_bound)
         init_scan_parameters(self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D)
 
+    def fuse(self) -> nn.Module:
+        """Its form for inference on a GPU; on a CPU itself, where that form takes longer.
+
+        ``timm.utils.reparameterize_model`` calls this: on the device where the model will run.
+        """
+        return FusedMambaMixer(self) if self.A_log.is_cuda else self
+
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
         """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
@@ -201,3 +273,39 @@ class MambaMixer(nn.Module):
         if self.average:  # after the projection, which is linear: there it costs less
             y = y / self.num_paths
         return y if self.gamma is None else y * self.gamma
+
+
+class FusedMambaMixer(nn.Module):
+    """A :class:`MambaMixer` for inference. The paths are added, averaged and scaled within the output projection.
+
+    Args:
+        mixer: whose parameters are taken as they are now.
+    """
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+
+    def __init__(self, mixer: MambaMixer) -> None:
+        super().__init__()
+        K = mixer.num_paths
+        self.share_paths, self.in_proj = mixer.share_paths, mixer.in_proj
+        self.register_buffer("conv_weight", mixer.conv_weight.detach().clone())
+        self.register_buffer("conv_bias", mixer.conv_bias.detach().clone())
+        self.scan = FusedScan(
+            mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D,
+            own_tokens=not mixer.share_paths,
+        )  # fmt: skip
+        weight = mixer.out_proj.weight.detach() / (K if mixer.average else 1)
+        if mixer.gamma is not None:
+            weight = weight * mixer.gamma.detach()[:, None]
+        self.out_proj = nn.Linear(K * weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.out_proj.weight = nn.Parameter(weight.repeat(1, K), requires_grad=False)
+
+    def forward(self, x: Tensor, paths: Tensor) -> Tensor:
+        """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        if self.share_paths:
+            x = causal_conv1d(x, self.conv_weight[0], self.conv_bias[0], activation="silu")
+        else:
+            x = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", paths=paths)
+        return self.out_proj(self.scan(x, z, paths, "none").flatten(2))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..ops import selective_scan
 from ..paths import SS2D as SS2D_PATHS
 from ..paths import expand_paths, scan_paths
-from .mamba import init_scan_parameters, scan_inputs, state_matrix
+from .mamba import FusedScan, init_scan_parameters, scan_inputs, state_matrix
 from .norm import add_layer_norm
 
 
@@ -74,6 +74,10 @@ class SS2D(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         init_scan_parameters(self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D)
 
+    def fuse(self) -> nn.Module:
+        """Its form for inference on a GPU, as :meth:`MambaMixer.fuse`."""
+        return FusedSS2D(self) if self.A_log.is_cuda else self
+
     def forward(self, x: Tensor) -> Tensor:
         """(batch, height, width, dim) -> the same shape."""
         batch, height, width, _ = x.shape
@@ -105,3 +109,26 @@ class SS2D(nn.Module):
         )
         assert isinstance(y, Tensor)
         return y
+
+
+class FusedSS2D(SS2D):
+    """An :class:`SS2D` for inference.
+
+    Args:
+        mixer: whose parameters are taken as they are now.
+    """
+
+    def __init__(self, mixer: SS2D) -> None:
+        nn.Module.__init__(self)
+        self.gate, self.path_names = mixer.gate, mixer.path_names
+        self.in_proj, self.conv2d = mixer.in_proj, mixer.conv2d
+        self.fused = FusedScan(
+            mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D, own_tokens=False
+        )
+        self.out_norm, self.out_proj = mixer.out_norm, mixer.out_proj
+
+    def fuse(self) -> nn.Module:
+        return self
+
+    def scan(self, u: Tensor, height: int, width: int) -> Tensor:
+        return self.fused(u, None, scan_paths(self.path_names, height, width, device=u.device), "sum")
