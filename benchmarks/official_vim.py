@@ -1,12 +1,16 @@
-"""The official Vim on a CPU, from a checkout of github.com/hustvl/Vim, to measure and to compare with.
+"""The official Vim, from a checkout of github.com/hustvl/Vim, to measure and to compare with.
 
-Nothing of it is copied here: its modules are imported from the checkout, and only what needs CUDA is replaced:
-the fused kernels by its own ``selective_scan_ref`` and torch's conv1d, its Triton norm by torch's.
+Nothing of it is copied here: its modules are imported from the checkout. With its CUDA extensions
+(``selective_scan_cuda`` and ``causal_conv1d_cuda``, built from the checkout) it runs as it is; without them, on a CPU,
+only what needs CUDA is replaced: the fused kernels by its own ``selective_scan_ref`` and torch's conv1d, its Triton
+norm by torch's.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -15,22 +19,30 @@ import torch
 import torch.nn.functional as F
 
 
+@functools.cache  # asked before the modules are replaced
+def has_kernels() -> bool:
+    """Whether the official CUDA extensions are installed."""
+    return all(importlib.util.find_spec(name) for name in ("selective_scan_cuda", "causal_conv1d_cuda"))
+
+
 def load(checkout: Path) -> types.ModuleType:
-    """The official ``models_mamba`` module, runnable on a CPU. Needs einops."""
+    """The official ``models_mamba`` module, runnable on a CPU where its extensions are missing. Needs einops."""
     if not (checkout / "vim" / "models_mamba.py").is_file():
         raise SystemExit(f"{checkout} is no checkout of hustvl/Vim: it has no vim/models_mamba.py")
-    sys.path[:0] = [str(checkout / "vim"), str(checkout / "mamba-1p1p1")]
+    sys.path[:0] = [str(checkout / folder) for folder in ("vim", "mamba-1p1p1", "causal-conv1d")]
 
     def stub(name: str, **attributes) -> None:
         module = sys.modules[name] = types.ModuleType(name)
         module.__dict__.update(attributes)
 
-    stub("selective_scan_cuda")
-    stub("causal_conv1d_cuda")
-    stub("causal_conv1d", causal_conv1d_fn=None, causal_conv1d_update=None)
     stub("mamba_ssm.utils.generation", GenerationMixin=object)
     stub("mamba_ssm.utils.hf", load_config_hf=None, load_state_dict_hf=None)
     stub("mamba_ssm.models.mixer_seq_simple", MambaLMHeadModel=None)
+    if has_kernels():
+        return importlib.import_module("models_mamba")
+    stub("selective_scan_cuda")
+    stub("causal_conv1d_cuda")
+    stub("causal_conv1d", causal_conv1d_fn=None, causal_conv1d_update=None)
     stub("mamba_ssm.ops.triton.layer_norm", RMSNorm=torch.nn.RMSNorm, layer_norm_fn=None, rms_norm_fn=None)
     interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
 
@@ -69,9 +81,10 @@ def load(checkout: Path) -> types.ModuleType:
 
 
 def vim_tiny(checkout: Path, size: int) -> torch.nn.Module:
-    """What the official factory vim_tiny_patch16_224_..._midclstok_div2 makes, less its fused CUDA norm."""
+    """What the official factory vim_tiny_patch16_224_..._midclstok_div2 makes; its norm fused if it has extensions."""
+    fused = has_kernels()
     return load(checkout).VisionMamba(
         img_size=size, patch_size=16, embed_dim=192, depth=24, rms_norm=True, residual_in_fp32=True,
-        fused_add_norm=False, final_pool_type="mean", if_abs_pos_embed=True, bimamba_type="v2", if_cls_token=True,
+        fused_add_norm=fused, final_pool_type="mean", if_abs_pos_embed=True, bimamba_type="v2", if_cls_token=True,
         if_divide_out=True, use_middle_cls_token=True,
     )  # fmt: skip
