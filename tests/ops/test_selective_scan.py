@@ -1,6 +1,7 @@
 """The scan against the official reference's numbers, gradcheck, and the definition, on the CPU."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tests.conftest import assert_close
 from tests.golden import recipe
 from vision_mamba.ops import selective_scan
 from vision_mamba.ops.backend import resolve_backend
-from vision_mamba.ops.selective_scan import block_diagonal, path_products
+from vision_mamba.ops.selective_scan import block_diagonal, path_products, step_matrix
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "selective_scan_ref.json").read_text())["cases"]
 GRADS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -208,11 +209,15 @@ def test_bad_input_is_named():
         resolve_backend("cpu", torch.device("cuda"))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cpu, multiplied as on a GPU"])
 @pytest.mark.parametrize("own", [True, False], ids=["a matrix for each path", "one for all"])
 @pytest.mark.parametrize("with_paths", [True, False])
 @pytest.mark.parametrize("dim, groups", [(6, 1), (400, 2)])
-def test_low_rank_steps_equal_their_product(dim, groups, with_paths, own, backend):
+def test_low_rank_steps_equal_their_product(dim, groups, with_paths, own, backend, monkeypatch):
+    backend, _, elsewhere = backend.partition(",")
+    if elsewhere:  # one block-diagonal matrix for all paths
+        module = sys.modules[selective_scan.__module__]
+        monkeypatch.setattr(module, "step_matrix", lambda delta, weight: step_matrix(delta.to("meta"), weight))
     generator = torch.Generator().manual_seed(0)
     inputs, table = make_inputs(2, 7, 3, dim, 4, groups, torch.float64)
     if not with_paths:  # every path reads the same steps, B and C

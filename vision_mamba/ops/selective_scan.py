@@ -137,25 +137,44 @@ def path_products(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.flatten(2), block_diagonal(weight)).unflatten(-1, weight.shape[:2])
 
 
-def step_sizes(delta: Tensor, weight: Tensor | None) -> Tensor:
-    """Low-rank step sizes (batch, L, K, R) or (batch, L, R) times (K, D, R) or (D, R), in the dtype of ``delta``."""
+def step_matrix(delta: Tensor, weight: Tensor | None) -> Tensor | None:
+    """What the low-rank steps of all paths are multiplied by at once: (D, R), or block-diagonal (K D, K R).
+
+    In the dtype of ``delta``. None on a CPU, which multiplies path by path.
+    """
+    if weight is None or delta.device.type == "cpu":
+        return None
+    weight = weight.to(delta.dtype)
+    return weight if weight.ndim == 2 else block_diagonal(weight)
+
+
+def step_sizes(delta: Tensor, weight: Tensor | None, matrix: Tensor | None = None) -> Tensor:
+    """Low-rank step sizes (batch, L, K, R) or (batch, L, R) times (K, D, R) or (D, R), in the dtype of ``delta``.
+
+    With their :func:`step_matrix`, where it is known.
+    """
     if weight is None:
         return delta
-    weight = weight.to(delta.dtype)
-    return F.linear(delta, weight) if weight.ndim == 2 else path_products(delta, weight)
+    matrix = step_matrix(delta, weight) if matrix is None else matrix
+    if weight.ndim == 2:
+        return F.linear(delta, weight.to(delta.dtype) if matrix is None else matrix)
+    if matrix is None:
+        return path_products(delta, weight.to(delta.dtype))
+    return F.linear(delta.flatten(2), matrix).unflatten(-1, weight.shape[:2])
 
 
-def _step_gradients(ddelta: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _step_gradients(ddelta: Tensor, delta: Tensor, weight: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of what ``step_sizes`` was given, for a ``delta`` with a path axis."""
     dtype = weight.dtype
-    weight = weight.to(delta.dtype)
     if weight.ndim == 2:
-        return ddelta @ weight, (ddelta.flatten(0, 2).t() @ delta.flatten(0, 2)).to(dtype)
+        rows = ddelta.flatten(0, 2).t()
+        return ddelta @ weight.to(delta.dtype), (rows @ delta.flatten(0, 2)).to(dtype)
     K, D, R = weight.shape
-    of_delta = path_products(ddelta, weight.transpose(1, 2))
-    if ddelta.device.type == "cpu":
+    if matrix is None:
+        of_delta = path_products(ddelta, weight.to(delta.dtype).transpose(1, 2))
         of_weight = torch.bmm(ddelta.flatten(0, 1).permute(1, 2, 0), delta.flatten(0, 1).transpose(0, 1))
     else:
+        of_delta = (ddelta.flatten(2) @ matrix).unflatten(-1, (K, R))
         blocks = (ddelta.flatten(2).flatten(0, 1).t() @ delta.flatten(2).flatten(0, 1)).view(K, D, K, R)
         of_weight = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     return of_delta, of_weight.to(dtype)
@@ -341,18 +360,22 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, delta_weight, u, delta, *inputs):
         *tensors, delta_softplus, merge, _, backend = inputs
-        output = _forward(u, delta, *inputs, delta_weight)
-        ctx.save_for_backward(u, delta, *tensors, output[2], delta_weight)
+        matrix = step_matrix(delta, delta_weight)  # kept: made anew it is several launches
+        if matrix is None:
+            output = _forward(u, delta, *inputs, delta_weight)
+        else:
+            output = _forward(u, step_sizes(delta, delta_weight, matrix), *inputs)
+        ctx.save_for_backward(u, delta, *tensors, output[2], delta_weight, matrix)
         ctx.options = (delta_softplus, merge, backend)
         ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     def backward(ctx, dy, dlast_state, dstates):
-        u, delta, *tensors, states, weight = ctx.saved_tensors
-        steps = step_sizes(delta, weight)
+        u, delta, *tensors, states, weight, matrix = ctx.saved_tensors
+        steps = step_sizes(delta, weight, matrix)
         du, ddelta, *grads = _gradients(ctx.options, (u, steps, *tensors), states, dy, dlast_state)
         dweight = None
         if weight is not None:
-            ddelta, dweight = _step_gradients(ddelta, delta, weight)
+            ddelta, dweight = _step_gradients(ddelta, delta, weight, matrix)
         return dweight, du, ddelta, *grads
