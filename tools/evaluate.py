@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         pin_memory=device.type == "cuda",
     )
     result = evaluate(
-        trained.model.to(device), loader, num_classes=len(trained.classes), device=device, amp_dtype=amp_dtype
+        trained.prepared(device), loader, num_classes=len(trained.classes), device=device, amp_dtype=amp_dtype
     )
 
     width = min(max(17, *(len(name) for name in trained.classes)), 40)

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     if trained.num_frames is not None:
         import_av()
     paths = find_files(args.images, videos=trained.num_frames is not None)
-    model, transform = trained.model.to(device), trained.transform()
+    model, transform = trained.prepared(device), trained.transform()
     topk = min(args.topk, len(trained.classes))
     kind = "images" if trained.num_frames is None else "videos"
     print(trained.description)

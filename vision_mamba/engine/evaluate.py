@@ -197,6 +197,13 @@ class TrainedModel:
     name: str
     args: dict[str, Any]
 
+    def prepared(self, device: torch.device | str) -> nn.Module:
+        """``model`` on a device, and there in the form for inference of ``timm.utils.reparameterize_model``."""
+        import timm.utils
+
+        self.model = timm.utils.reparameterize_model(self.model.to(device), inplace=True)
+        return self.model
+
     def untrained(self) -> nn.Module:
         """The same model with random weights, in evaluation mode, on the CPU."""
         return create_any_size(self.name, dict(self.args)).eval()
