@@ -61,7 +61,8 @@ MEASURED = """\
 
 The last runs of these programs on each device; of their rows at the model's input size the fastest batch and mode, with
 bfloat16 autocast on a GPU (mostly the eager kernels as one CUDA graph: the device's time without Python's), in float32
-on a CPU. [benchmarks/README.md](benchmarks/README.md) has the peers beside them.
+on a CPU. Inference of `vim-h100.json` is of the model that `timm.utils.reparameterize_model` gives.
+[benchmarks/README.md](benchmarks/README.md) has the peers beside them.
 """
 
 
