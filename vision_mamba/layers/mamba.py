@@ -175,6 +175,13 @@ class FusedScan(nn.Module):
         return y
 
 
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor, paths: Tensor | None) -> Tensor:
+    """Tokens (batch, L, D) convolved along each path, (batch, L, K, D), or in raster order without paths."""
+    if paths is None:
+        return causal_conv1d(x, weight[0], bias[0], activation="silu")
+    return causal_conv1d(x, weight, bias, activation="silu", paths=paths)
+
+
 class MambaMixer(nn.Module):
     """Mamba block (Gu & Dao 2023, figure 3) whose scan walks K paths at once.
 
@@ -247,10 +254,7 @@ class MambaMixer(nn.Module):
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
         """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        if self.share_paths:
-            x = causal_conv1d(x, self.conv_weight[0], self.conv_bias[0], activation="silu")
-        else:
-            x = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", paths=paths)
+        x = _convolved(x, self.conv_weight, self.conv_bias, None if self.share_paths else paths)
         x, dt, B, C = scan_inputs(x, self.x_proj_weight, self.d_state)
         if self.share_paths:
             dt, B, C = dt.squeeze(2), B.squeeze(2), C.squeeze(2)
@@ -304,8 +308,5 @@ class FusedMambaMixer(nn.Module):
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
         """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        if self.share_paths:
-            x = causal_conv1d(x, self.conv_weight[0], self.conv_bias[0], activation="silu")
-        else:
-            x = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", paths=paths)
+        x = _convolved(x, self.conv_weight, self.conv_bias, None if self.share_paths else paths)
         return self.out_proj(self.scan(x, z, paths, "none").flatten(2))
