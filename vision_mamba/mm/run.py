@@ -18,11 +18,13 @@ from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import find_latest_checkpoint
+from timm.utils import reparameterize_model
 
 from ..checkpoint import find_state_dict, read_checkpoint
 from ..data import is_image_name
 from ..errors import UserError
 from ..files import replacing
+from .backbone import VisionMambaBackbone
 from .checks import check_config
 from .hooks import draw_sample
 
@@ -263,6 +265,8 @@ def open_model(
 ) -> Any:
     """A segmentor or detector with its weights, for evaluation; its ``dataset_meta`` has classes and palette.
 
+    On a GPU a backbone of ours is in its form for inference (``timm.utils.reparameterize_model``).
+
     Raises:
         UserError: no such file, a config of the other task, or weights that do not fit.
     """
@@ -271,7 +275,10 @@ def open_model(
     model = _build_model(cfg)
     meta = load_weights(model, str(checkpoint))
     model.cfg, model.dataset_meta = cfg, _dataset_meta(cfg, meta)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if isinstance(model.backbone, VisionMambaBackbone):  # no other: what mmdet's modules call fuse is something else
+        reparameterize_model(model.backbone, inplace=True)
+    return model
 
 
 def find_images(arguments: list[str]) -> list[Path]:
