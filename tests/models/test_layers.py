@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tests.conftest import assert_close
 from vision_mamba.layers import MambaMixer, OverlapPatchEmbed
-from vision_mamba.layers.mamba import FusedMambaMixer, shared_linear
+from vision_mamba.layers.mamba import FusedMambaMixer, FusedScan, shared_linear
 from vision_mamba.layers.ss2d import SS2D, FusedSS2D
 
 
@@ -79,6 +79,36 @@ def test_fused_mixer_is_the_mixer(options):
         assert_close("float64", fused(x, paths), MambaMixer.forward(mixer.double(), x, paths), 1e-6)
     assert not any(p.requires_grad for name, p in fused.named_parameters() if "in_proj" not in name)
     assert mixer.fuse() is mixer, "on a CPU the block-diagonal product takes longer"
+
+
+def test_what_a_fused_scan_keeps():
+    """Casts made in one pass serve the next, but not one that reads other parameters, gradients, or a compiler's memory."""
+    torch.manual_seed(0)
+    mixer = MambaMixer(8, d_state=3)
+    paths = torch.stack([torch.arange(6), torch.arange(6).flip(0)])
+    arguments = mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D
+    scan, exact = (FusedScan(*arguments, own_tokens=True) for _ in range(2))
+    u = torch.randn(2, 6, 2, 16, dtype=torch.float64)
+    expected = exact.double()(u, None, paths, "sum")
+
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
+    assert_close("compiled", compiled(u, None, paths, "sum"), expected, 1e-6)
+    assert not scan._cast
+    with torch.inference_mode():
+        assert_close("inference", scan(u, None, paths, "sum"), expected, 1e-6)
+    (kept,) = scan._cast.values()
+    leaf = u.clone().requires_grad_()
+    y = scan(leaf, None, paths, "sum")
+    (gradient,) = torch.autograd.grad(y.square().sum(), leaf)
+    leaf = u.clone().requires_grad_()
+    (expected_gradient,) = torch.autograd.grad(exact(leaf, None, paths, "sum").square().sum(), leaf)
+    assert_close("gradient", gradient, expected_gradient, 1e-6)
+    assert kept[0] is scan._matrices(torch.float64)[0]
+
+    state = {name: tensor.clone() for name, tensor in scan.state_dict().items()}
+    state["rows"] *= 2
+    scan.load_state_dict(state)
+    assert_close("other parameters", scan._matrices(torch.float64)[0], state["rows"].double(), 1e-12)
 
 
 @pytest.mark.parametrize("gate", [False, True])

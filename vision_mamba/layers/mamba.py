@@ -158,11 +158,23 @@ class FusedScan(nn.Module):
         self._cast.clear()
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args) -> None:
+        self._cast.clear()
+        super()._load_from_state_dict(*args)
+
+    def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``rows`` and ``dt_rows`` in this dtype, cast once: autocast would do it in every pass."""
+        if dtype in self._cast:
+            return self._cast[dtype]
+        if torch.compiler.is_compiling() or (self.rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return self.rows.to(dtype), self.dt_rows.to(dtype)  # in memory that the graph's next run writes over
+        with torch.inference_mode(False):  # what is made in it could not be used outside with gradients
+            self._cast[dtype] = self.rows.to(dtype), self.dt_rows.to(dtype)
+        return self._cast[dtype]
+
     def forward(self, u: Tensor, z: Tensor | None, paths: Tensor, merge: str) -> Tensor:
         """Tokens (batch, L, D) or (batch, L, K, D), gate (batch, L, D) -> as :func:`selective_scan`."""
-        if u.dtype not in self._cast:  # once: autocast would do it in every pass
-            self._cast[u.dtype] = self.rows.to(u.dtype), self.dt_rows.to(u.dtype)
-        rows, dt_rows = self._cast[u.dtype]
+        rows, dt_rows = self._matrices(u.dtype)
         D, bias, states = self.D, self.dt_bias, self.sets * self.d_state
         dt, B, C = F.linear(u.flatten(2), rows).split((dt_rows.shape[1], states, states), dim=-1)
         delta = F.linear(dt, dt_rows)
