@@ -133,6 +133,8 @@ def main() -> None:
         parser.error(f"no official code can be run beside {args.family}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.official:
+        torch.backends.cudnn.allow_tf32 = False  # logits are compared in float32
     device, family = torch.device(args.device), FAMILIES[args.family]
     cuda = device.type == "cuda"
     rows = args.rows or (family.rows if cuda else CPU_ROWS)
@@ -147,7 +149,6 @@ def main() -> None:
         }
         error = None
         if args.official:
-            torch.backends.cudnn.allow_tf32 = False  # logits are compared in float32
             assert family.official is not None
             models["official"] = official = family.official(args.official, size).to(device).eval()
             vision_mamba.load_checkpoint(models[family.ours], official.state_dict())

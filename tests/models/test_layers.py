@@ -121,7 +121,6 @@ def test_fused_ss2d_is_ss2d(gate):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the fused form is a GPU's")
 @pytest.mark.parametrize("name", ["vim_tiny_patch16_224", "vmamba_tiny_s1l8", "samba"])
 def test_reparameterized_models_agree(name):
     """``timm.utils.reparameterize_model``: float32, and bfloat16 autocast beside the model's own float32."""

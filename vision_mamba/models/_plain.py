@@ -13,7 +13,7 @@ from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..layers import OverlapPatchEmbed
 from ..paths import scan_paths
@@ -27,7 +27,7 @@ except ImportError:  # timm 1.0.28 and before keep no record of a model's own si
         pass
 
 
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
 
 # torch.fx takes these whole: they look at sizes, which have no values while it traces.
 register_notrace_module(OverlapPatchEmbed)
@@ -141,13 +141,13 @@ class PlainModel(nn.Module):
             or torch.jit.is_scripting()
             or torch.jit.is_tracing()
             or torch.compiler.is_compiling()
-            or any(getattr(torch_module, f"_global_{hooks}") for hooks in _HOOKS)
+            or _has_any_global_hook()
             or not all(hasattr(type(block), "branch") for block in blocks)
         ):
             return False
         norms = [*(block.norm for block in blocks), self.norm]
         return all(hasattr(type(norm), "after") for norm in norms) and not any(
-            module._compiled_call_impl or any(getattr(module, f"_{hooks}") for hooks in _HOOKS)
+            module._compiled_call_impl or any(getattr(module, hooks) for hooks in _HOOKS)
             for module in (*blocks, *norms)
         )
 

@@ -121,31 +121,30 @@ def _check_steps(u: Tensor, delta: Tensor, weight: Tensor) -> None:
 
 
 def block_diagonal(weight: Tensor) -> Tensor:
-    """(K, O, I) -> (K * O, K * I)."""
+    """(K, O, I) -> (K * O, K * I): the products of all paths in one, for a GPU.
+
+    It multiplies zeros, but K thin products, and above all the gradients of their weights, take far longer there.
+    """
     return torch.diag_embed(weight.permute(1, 2, 0), dim1=0, dim2=2).flatten(2).flatten(0, 1)
 
 
 def path_products(x: Tensor, weight: Tensor) -> Tensor:
-    """Each path's vectors (batch, L, K, I) times its own matrix (K, O, I) -> (batch, L, K, O).
+    """Each path's vectors (batch, L, K, I) times its own matrix (K, O, I) -> (batch, L, K, O), path by path.
 
-    On a GPU one product with a block-diagonal matrix: it multiplies zeros, but K thin products, and above all the
-    gradients of their weights, take far longer. A CPU multiplies for its time.
+    For a CPU, which takes its time for zeros too; a GPU has :func:`block_diagonal`.
     """
-    if x.device.type == "cpu":
-        by_path = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2))
-        return by_path.transpose(0, 1).unflatten(0, x.shape[:2])
-    return F.linear(x.flatten(2), block_diagonal(weight)).unflatten(-1, weight.shape[:2])
+    by_path = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2))
+    return by_path.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
 def step_matrix(delta: Tensor, weight: Tensor | None) -> Tensor | None:
-    """What the low-rank steps of all paths are multiplied by at once: (D, R), or block-diagonal (K D, K R).
+    """The block-diagonal (K D, K R) of ``weight`` (K, D, R) that a GPU multiplies low-rank steps by, in their dtype.
 
-    In the dtype of ``delta``. None on a CPU, which multiplies path by path.
+    None where there is one matrix (D, R) for all paths or none at all, and on a CPU, which multiplies path by path.
     """
-    if weight is None or delta.device.type == "cpu":
+    if weight is None or weight.ndim == 2 or delta.device.type == "cpu":
         return None
-    weight = weight.to(delta.dtype)
-    return weight if weight.ndim == 2 else block_diagonal(weight)
+    return block_diagonal(weight.to(delta.dtype))
 
 
 def step_sizes(delta: Tensor, weight: Tensor | None, matrix: Tensor | None = None) -> Tensor:
@@ -155,29 +154,26 @@ def step_sizes(delta: Tensor, weight: Tensor | None, matrix: Tensor | None = Non
     """
     if weight is None:
         return delta
-    matrix = step_matrix(delta, weight) if matrix is None else matrix
-    if weight.ndim == 2:
-        return F.linear(delta, weight.to(delta.dtype) if matrix is None else matrix)
     if matrix is None:
-        return path_products(delta, weight.to(delta.dtype))
-    return F.linear(delta.flatten(2), matrix).unflatten(-1, weight.shape[:2])
+        matrix = step_matrix(delta, weight)
+    if matrix is not None:
+        return F.linear(delta.flatten(2), matrix).unflatten(-1, weight.shape[:2])
+    weight = weight.to(delta.dtype)
+    return F.linear(delta, weight) if weight.ndim == 2 else path_products(delta, weight)
 
 
 def _step_gradients(ddelta: Tensor, delta: Tensor, weight: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of what ``step_sizes`` was given, for a ``delta`` with a path axis."""
-    dtype = weight.dtype
-    if weight.ndim == 2:
-        rows = ddelta.flatten(0, 2).t()
-        return ddelta @ weight.to(delta.dtype), (rows @ delta.flatten(0, 2)).to(dtype)
-    K, D, R = weight.shape
-    if matrix is None:
-        of_delta = path_products(ddelta, weight.to(delta.dtype).transpose(1, 2))
-        of_weight = torch.bmm(ddelta.flatten(0, 1).permute(1, 2, 0), delta.flatten(0, 1).transpose(0, 1))
-    else:
+    if matrix is not None:
+        K, D, R = weight.shape
         of_delta = (ddelta.flatten(2) @ matrix).unflatten(-1, (K, R))
         blocks = (ddelta.flatten(2).flatten(0, 1).t() @ delta.flatten(2).flatten(0, 1)).view(K, D, K, R)
-        of_weight = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return of_delta, of_weight.to(dtype)
+        return of_delta, blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).to(weight.dtype)
+    own = weight.to(delta.dtype)
+    if weight.ndim == 2:
+        return ddelta @ own, (ddelta.flatten(0, 2).t() @ delta.flatten(0, 2)).to(weight.dtype)
+    of_weight = torch.bmm(ddelta.flatten(0, 1).permute(1, 2, 0), delta.flatten(0, 1).transpose(0, 1))
+    return path_products(ddelta, own.transpose(1, 2)), of_weight.to(weight.dtype)
 
 
 def _canonical(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_weight=None):

@@ -77,7 +77,7 @@ def log1p_below_one(e, BITS: tl.constexpr):
 
 @triton.jit
 def softplus(x, BITS: tl.constexpr):
-    """``log(1 + exp(x))``, to the rounding of the type of x, which has so many ``BITS``."""
+    """``log(1 + exp(x))`` in float32, to the rounding of what x was made from, which has so many ``BITS``."""
     return tl.maximum(x, 0.0) + log1p_below_one(tl.exp2(tl.abs(x) * -LOG2E), BITS)
 
 
