@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.conftest import assert_close
-from vision_mamba.layers import MambaMixer, OverlapPatchEmbed
+from vision_mamba.layers import MambaMixer, OverlapPatchEmbed, mamba
 from vision_mamba.layers.mamba import FusedMambaMixer, FusedScan, shared_linear
 from vision_mamba.layers.ss2d import SS2D, FusedSS2D
 
@@ -65,8 +65,13 @@ def test_a_shared_product_leaves_the_gradients_of_others_alone():
     ],
     ids=str,
 )
-def test_fused_mixer_is_the_mixer(options):
-    """Paths are averaged and scaled within the output projection, and the matrices of all paths are one."""
+@pytest.mark.parametrize("many", [1, 10**9])
+def test_fused_mixer_is_the_mixer(options, many, monkeypatch):
+    """Paths are averaged and scaled within the output projection, and the matrices of all paths are one.
+
+    Of many tokens the input projection is two products, unless somebody looks at it or has put something in its place.
+    """
+    monkeypatch.setattr(mamba, "_MANY_TOKENS", many)
     torch.manual_seed(0)
     mixer = MambaMixer(12, d_state=4, **options)
     paths = torch.stack([torch.randperm(20) for _ in range(mixer.num_paths)])
@@ -74,6 +79,9 @@ def test_fused_mixer_is_the_mixer(options):
     with torch.no_grad():
         x = torch.randn(2, 20, 12)
         assert_close("float32", fused(x, paths), mixer(x, paths), 1e-5)
+        hook = fused.in_proj.register_forward_hook(lambda module, given, product: 2 * product)
+        assert_close("hook", fused(x, paths), mixer(x, paths), 1e-5)  # the mixer's projection is the same module
+        hook.remove()
         # What was cast in the pass before is of no use any more.
         x, fused = x.double(), fused.double()
         assert_close("float64", fused(x, paths), MambaMixer.forward(mixer.double(), x, paths), 1e-6)

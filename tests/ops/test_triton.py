@@ -252,6 +252,46 @@ def test_gluon_scan_in_segments_agrees_with_the_reference(case, block, warps, mo
     assert "scan_forward_kernel" not in launched
 
 
+@kernels
+@pytest.mark.parametrize("kernel", ["portable", "spans", "gluon", "segments"])
+def test_y_over_the_step_sizes(kernel, monkeypatch):
+    """Where the caller gives their memory away: the same numbers in it; else, or with gradients, it is left alone."""
+    from vision_mamba.ops.triton import selective_scan as module
+
+    states = 3 if kernel == "portable" else 16
+    length, dim = (33, 18) if INTERPRETED else (197, 96)
+    if kernel != "portable":
+        if INTERPRETED:
+            emulate(monkeypatch, module)
+        elif not module.HAS_GLUON:
+            pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
+        config = module._segments_config(states, 8, 4)
+        if kernel != "segments":
+            config = module._gluon_forward_config(states, torch.device("meta"), 10**6, length)
+        monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config)
+    if kernel == "spans":
+        monkeypatch.setattr(module, "_wanted_programs", lambda *_: 60)
+        monkeypatch.setattr(module, "_SPAN_STEPS", 1)
+
+    def run(given, **options):
+        given = given | {"delta": given["delta"].clone()}
+        return given["delta"], selective_scan(**given, delta_softplus=True, backend="triton", **options)
+
+    given = inputs(Case(length, dim, states, 2, dtype=torch.bfloat16), DEVICE)
+    _, expected = run(given)
+    delta, y = run(given, overwrite_delta=True)
+    assert y.data_ptr() == delta.data_ptr() and torch.equal(y, expected)
+
+    def left_alone(given, **options):
+        delta, y = run(given, overwrite_delta=True, **options)
+        return torch.equal(delta, given["delta"]) and y.data_ptr() != delta.data_ptr()
+
+    assert left_alone(given, merge="sum")
+    assert left_alone(given | {"u": given["u"].clone().requires_grad_()})
+    assert left_alone(given | {"u": given["u"].float()}), "y has the dtype of u"
+    assert left_alone(inputs(Case(length, dim, states, 2, broadcast=True), DEVICE)), "one for all paths"
+
+
 def test_segments_where_programs_are_few(monkeypatch):
     """On 132 multiprocessors: enough images fill them, and one image alone has too few channels for a long walk."""
     module = pytest.importorskip("vision_mamba.ops.triton.selective_scan")

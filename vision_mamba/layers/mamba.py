@@ -182,7 +182,9 @@ class FusedScan(nn.Module):
             D, bias = D[0], bias[0]
         else:
             delta, B, C = (tensor.unflatten(-1, (self.sets, -1)) for tensor in (delta, B, C))
-        y = selective_scan(u, delta, self.A, B, C, D, z, bias, delta_softplus=True, paths=paths, merge=merge)
+        y = selective_scan(
+            u, delta, self.A, B, C, D, z, bias, delta_softplus=True, paths=paths, merge=merge, overwrite_delta=True
+        )
         assert isinstance(y, Tensor)
         return y
 
@@ -291,6 +293,11 @@ class MambaMixer(nn.Module):
         return y if self.gamma is None else y * self.gamma
 
 
+# From so many on, tokens and gate are two products: the first is then out of memory before the scan's large tensors
+# come, and a second launch is nothing beside them.
+_MANY_TOKENS = 16384
+
+
 class FusedMambaMixer(nn.Module):
     """A :class:`MambaMixer` for inference. The paths are added, averaged and scaled within the output projection.
 
@@ -319,6 +326,15 @@ class FusedMambaMixer(nn.Module):
 
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
         """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = _convolved(x, self.conv_weight, self.conv_bias, None if self.share_paths else paths)
-        return self.out_proj(self.scan(x, z, paths, "none").flatten(2))
+        conv_paths = None if self.share_paths else paths
+        proj = self.in_proj
+        # What adapters and hooks put on the projection would be passed by.
+        plain = type(proj) is nn.Linear and not (proj._forward_hooks or proj._forward_pre_hooks)
+        if plain and x[..., 0].numel() >= _MANY_TOKENS:
+            of_tokens, of_z = proj.weight.chunk(2)
+            tokens = _convolved(F.linear(x, of_tokens), self.conv_weight, self.conv_bias, conv_paths)
+            z = F.linear(x, of_z)
+        else:
+            tokens, z = proj(x).chunk(2, dim=-1)
+            tokens = _convolved(tokens, self.conv_weight, self.conv_bias, conv_paths)
+        return self.out_proj(self.scan(tokens, z, paths, "none").flatten(2))

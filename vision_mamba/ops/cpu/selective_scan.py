@@ -300,12 +300,14 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias, paths):
 
 
 def selective_scan_forward(
-    u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, delta_weight=None
-) -> tuple[Tensor, Tensor, Tensor]:
+    u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, delta_weight=None,
+    overwrite_delta=False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns y, the last state (batch, K, D, N), and the border states (empty unless asked for).
 
     With ``delta_weight`` (K, D, R) or (D, R), ``delta`` is (batch, L, K, R): a row of step sizes is made when the scan
-    comes to it, and the tensor of them all, the largest of a block, is never in memory.
+    comes to it, and the tensor of them all, the largest of a block, is never in memory. Memory is not short on a CPU:
+    y has its own, whether it might be written over ``delta`` or not.
     """
     dtype, batch, sizes, x = _prepare(u, delta, A, B, C, D, z, delta_bias, paths)
     length, num_paths, dim, num_states, _, blocks, _ = sizes

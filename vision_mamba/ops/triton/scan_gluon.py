@@ -82,6 +82,27 @@ def _stacked(layout, count):
     return gl.BlockedLayout([count, *layout.size_per_thread], [1, *layout.threads_per_warp], [1, 1, 1], [2, 1, 0])
 
 
+@gluon.constexpr_function
+def _border_layout(QC, NH):
+    """[states, channels] as in memory, in which a lane has the numbers that it has of the state in a walk."""
+    return gl.BlockedLayout([NH, QC], [4, 8], [1, 1], [1, 0])
+
+
+@gluon.jit
+def _border_of(h, layout: gl.constexpr):
+    """[1, QC, NH, NX, LC] as [states, channels]."""
+    x = gl.permute(h, (0, 3, 2, 4, 1))
+    x = gl.reshape(x, (x.shape[1] * x.shape[2], x.shape[3] * x.shape[4]))
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _state_of(border, D5: gl.constexpr):
+    """[states, channels] as [1, QC, NH, NX, LC]."""
+    x = gl.reshape(border, (1, NX, border.shape[0] // NX, LC, border.shape[1] // LC))
+    return gl.convert_layout(gl.permute(x, (0, 4, 2, 1, 3)), D5, assert_trivial=True)
+
+
 @gluon.jit
 def _lanes(QC: gl.constexpr, NH: gl.constexpr, D5: gl.constexpr):
     """The state and the channel (within the block) of the places of [1, QC, NH, NX, LC]."""
@@ -114,17 +135,28 @@ def _states_of(shared, step: gl.constexpr, D5: gl.constexpr):
 
 
 @gluon.jit
-def _put_over_states(shared, step: gl.constexpr, x):
-    """A lane's sum of [1, QC, NH, NX, LC] over its states, into row ``step`` of shared memory [T, NX, LC * QC]."""
-    x = gl.permute(gl.sum(x, axis=2), (0, 2, 3, 1))
-    shared.slice(step, 1, 0).store(gl.reshape(x, (1, x.shape[1], x.shape[2] * x.shape[3])))
+def _with_sum(sums, step: gl.constexpr, x, axis: gl.constexpr, layout: gl.constexpr):
+    """Several steps' sums [STEPS, ...], ``step``'s from now on a lane's sum of [1, QC, NH, NX, LC] along the axis."""
+    steps = gl.arange(0, sums.shape[0], gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, layout))))
+    x = gl.convert_layout(gl.sum(x, axis=axis), layout, assert_trivial=True)
+    return gl.where((steps == step)[:, None, None, None], x, sums)
 
 
 @gluon.jit
-def _put_over_channels(shared, step: gl.constexpr, x):
-    """A lane's sum of [1, QC, NH, NX, LC] over its channels, into row ``step`` of shared memory [T, LC, NX * NH]."""
-    x = gl.permute(gl.sum(x, axis=1), (0, 3, 2, 1))
-    shared.slice(step, 1, 0).store(gl.reshape(x, (1, x.shape[1], x.shape[2] * x.shape[3])))
+def _put_over_states(shared, first: gl.constexpr, sums):
+    """Sums over a lane's states [STEPS, QC, NX, LC], from row ``first`` of shared memory [T, NX, LC * QC].
+
+    Of several steps at once: Triton puts a barrier between two stores into one piece of shared memory.
+    """
+    x = gl.permute(sums, (0, 2, 3, 1))
+    shared.slice(first, x.shape[0], 0).store(gl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] * x.shape[3])))
+
+
+@gluon.jit
+def _put_over_channels(shared, first: gl.constexpr, sums):
+    """Sums over a lane's channels [STEPS, NH, NX, LC], from row ``first`` of shared memory [T, LC, NX * NH]."""
+    x = gl.permute(sums, (0, 3, 2, 1))
+    shared.slice(first, x.shape[0], 0).store(gl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] * x.shape[3])))
 
 
 @gluon.jit
@@ -151,8 +183,15 @@ def scan_forward_kernel(
     E2: gl.constexpr = _channels_layout(T, QC)
     S2: gl.constexpr = _states_layout(T, NP)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    rows = gl.allocate_shared_memory(gl.float32, [2, T, LC, QC], FLAT)
-    pair = gl.allocate_shared_memory(gl.float32, [2, T, NX, NH], FLAT)
+    H2: gl.constexpr = _border_layout(QC, NH)
+    # Sums of so many steps are written at once.
+    SUMS: gl.constexpr = min(T, 4)
+    Y5: gl.constexpr = gl.SliceLayout(2, _tile_layout(SUMS, QC, NH))
+    # Each in a piece of its own, as Triton puts a barrier between two stores into one.
+    dt_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
+    dtu_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
+    b_rows = gl.allocate_shared_memory(gl.float32, [T, NX, NH], FLAT)
+    c_rows = gl.allocate_shared_memory(gl.float32, [T, NX, NH], FLAT)
     part = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
 
     blocks = (per_group + BLOCK - 1) // BLOCK
@@ -168,7 +207,10 @@ def scan_forward_kernel(
     step_s = gl.arange(0, T, gl.SliceLayout(1, S2))
     state, channel = _lanes(QC, NH, D5)
     nc_ok = (state < N) & (block * BLOCK + channel < per_group)
-    state_at = state.to(gl.int64) * border_n + (first_c + channel)
+    n_h = gl.arange(0, NP, gl.SliceLayout(1, H2))
+    h_inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, H2))
+    h_ok = (n_h < N)[:, None] & (h_inside < per_group)[None, :]
+    state_at = (n_h * (border_n // ALIGN * ALIGN))[:, None] + (group * per_group + h_inside)[None, :]
 
     num_chunks = (length + CHUNK - 1) // CHUNK
     start = span_index * span
@@ -247,36 +289,39 @@ def scan_forward_kernel(
             if SOFTPLUS:
                 dt = _softplus(dt, delta.dtype.element_ty.primitive_bitwidth)
             dt = gl.where((t0 + step_e < end)[:, None], dt, 0.0)
-            _put(rows.index(0), dt)
-            _put(rows.index(1), dt * uf)
-            _put(pair.index(0), bf)
+            _put(dt_rows, dt)
+            _put(dtu_rows, dt * uf)
+            _put(b_rows, bf)
             if y is not None:
-                _put(pair.index(1), cf)
+                _put(c_rows, cf)
                 if (saves != 0) & (t0 % CHUNK == 0):
                     border = states + ((image * num_chunks + t0 // CHUNK) * num_paths + k) * N * border_n
-                    gl.store(border + state_at, h, mask=nc_ok)
+                    gl.store(border + state_at, _border_of(h, H2), mask=h_ok)
             else:
                 dt_sum += dt
             # A step's numbers are read before the last one's sums are written, which they would otherwise wait for.
-            dt_next = _channels_of(rows.index(0), 0, D5)
-            dtu_next = _channels_of(rows.index(1), 0, D5)
-            bs_next = _states_of(pair.index(0), 0, D5)
+            dt_next = _channels_of(dt_rows, 0, D5)
+            dtu_next = _channels_of(dtu_rows, 0, D5)
+            bs_next = _states_of(b_rows, 0, D5)
             if y is not None:
-                cs_next = _states_of(pair.index(1), 0, D5)
+                cs_next = _states_of(c_rows, 0, D5)
+            sums = gl.zeros([SUMS, QC, NX, LC], gl.float32, Y5)
             for r in gl.static_range(T):
                 decay = gl.exp2(dt_next * a2)
                 x = dtu_next * bs_next
                 if y is not None:
                     c_r = cs_next
                 if r + 1 < T:
-                    dt_next = _channels_of(rows.index(0), r + 1, D5)
-                    dtu_next = _channels_of(rows.index(1), r + 1, D5)
-                    bs_next = _states_of(pair.index(0), r + 1, D5)
+                    dt_next = _channels_of(dt_rows, r + 1, D5)
+                    dtu_next = _channels_of(dtu_rows, r + 1, D5)
+                    bs_next = _states_of(b_rows, r + 1, D5)
                     if y is not None:
-                        cs_next = _states_of(pair.index(1), r + 1, D5)
+                        cs_next = _states_of(c_rows, r + 1, D5)
                 h = decay * h + x
                 if y is not None:
-                    _put_over_states(part, r, h * c_r)
+                    sums = _with_sum(sums, r % SUMS, h * c_r, 2, Y5)
+                    if r % SUMS == SUMS - 1:
+                        _put_over_states(part, r - r % SUMS, sums)
             if y is not None:
                 out = _add_lanes(part, NX, E2) + d[None, :] * uf
                 if z is not None:
@@ -292,7 +337,7 @@ def scan_forward_kernel(
         else:
             at = ((image * num_spans + span_index) * num_paths + k) * border_n
             gl.store(total + at + c, gl.sum(dt_sum, axis=0), mask=c_ok)
-            gl.store(change + at * N + state_at, h, mask=nc_ok)
+            gl.store(change + at * N + state_at, _border_of(h, H2), mask=h_ok)
 
 
 @gluon.constexpr_function
@@ -547,12 +592,19 @@ def scan_backward_kernel(
     HALF: gl.constexpr = T // 2
     CHUNK: gl.constexpr = T * TILES
     H5: gl.constexpr = _tile_layout(HALF, QC, NH)
+    Y5: gl.constexpr = gl.SliceLayout(2, H5)
+    C5: gl.constexpr = gl.SliceLayout(1, H5)
+    H2: gl.constexpr = _border_layout(QC, NH)
     FLAT5: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
     # Lanes that stand along the channels write 16 bytes each, to different banks.
     MIXED: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0])
     borders = gl.allocate_shared_memory(gl.float32, [2 * TILES - 1, 1, QC, NX, LC, NH], FLAT5)
-    rows = gl.allocate_shared_memory(gl.float32, [3, T, LC, QC], FLAT)
-    pair = gl.allocate_shared_memory(gl.float32, [2, T, NX, NH], FLAT)
+    # Each in a piece of its own, as Triton puts a barrier between two stores into one.
+    dt_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
+    dtu_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
+    dout_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
+    b_rows = gl.allocate_shared_memory(gl.float32, [T, NX, NH], FLAT)
+    c_rows = gl.allocate_shared_memory(gl.float32, [T, NX, NH], FLAT)
     part_y = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
     part_u = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
     part_a = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
@@ -572,7 +624,10 @@ def scan_backward_kernel(
     step_s = gl.arange(0, T, gl.SliceLayout(1, S2))
     state, channel = _lanes(QC, NH, D5)
     nc_ok = (state < N) & (block * BLOCK + channel < per_group)
-    state_at = state.to(gl.int64) * border_n + (first_c + channel)
+    n_h = gl.arange(0, NP, gl.SliceLayout(1, H2))
+    h_inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, H2))
+    h_ok = (n_h < N)[:, None] & (h_inside < per_group)[None, :]
+    state_at = (n_h * (border_n // ALIGN * ALIGN))[:, None] + (group * per_group + h_inside)[None, :]
     index = gl.arange(0, HALF, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, H5)))))
     index = index[:, None, None, None, None]
 
@@ -626,67 +681,68 @@ def scan_backward_kernel(
 
         first_chunk = start // CHUNK
         chunks_here = (end - start + CHUNK - 1) // CHUNK
-        token_e = _ahead(path, (first_chunk + chunks_here - 1) * CHUNK + step_e, end)
-        token_s = _ahead(path, (first_chunk + chunks_here - 1) * CHUNK + step_s, end)
+        # Everything is read ahead of its use, across chunks too: rows by a tile, tokens by two, a chunk's border during
+        # the sweep before. The order of tiles: a chunk's first to last, last to first, then the chunk before it.
+        last_chunk = (first_chunk + chunks_here - 1) * CHUNK
+        token_e = _ahead(path, last_chunk + step_e, end)
+        token_s = _ahead(path, last_chunk + step_s, end)
+        border = states + ((image * num_chunks + last_chunk // CHUNK) * num_paths + k) * N * border_n
+        border_next = gl.load(border + state_at, mask=h_ok, other=0.0)
+        delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
+        u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
+        b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
+        then = gl.where(end - last_chunk > T, T, -CHUNK)
+        token_e_next = _ahead(path, last_chunk + then + step_e, end)
+        token_s_next = _ahead(path, last_chunk + then + step_s, end)
         for i in range(chunks_here):
-            chunk = first_chunk + chunks_here - 1 - i
-            t_chunk = chunk * CHUNK
+            t_chunk = last_chunk - i * CHUNK
             tiles = gl.minimum((end - t_chunk + T - 1) // T, TILES)
-            t_last = t_chunk + (tiles - 1) * T
-            # The first loads of both sweeps at once, and the first of the path for the chunk that comes next.
-            border = states + ((image * num_chunks + chunk) * num_paths + k) * N * border_n
-            h = gl.load(border + state_at, mask=nc_ok, other=0.0)
-            delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
-            u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
-            b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
-            last_e = _ahead(path, t_last + step_e, end)
-            last_s = _ahead(path, t_last + step_s, end)
-            token_e = _ahead(path, t_chunk + T + step_e, end)
-            token_s = _ahead(path, t_chunk + T + step_s, end)
-            delta_last = _load_rows(delta_rows, last_e, length, delta_l, c, c_ok)
-            u_last = _load_rows(u_rows, last_e, length, u_l, c, c_ok)
-            dy_next = _load_rows(dy_rows, last_e, length, dy_l, c, c_ok)
-            if z is not None:
-                z_next = _load_rows(z_rows, last_e, length, z_l, c, c_ok)
-            b_last = _load_rows(B_rows, last_s, length, B_l, n, n_ok)
-            c_next = _load_rows(C_rows, last_s, length, C_l, n, n_ok)
-            token_e_next = _ahead(path, gl.where(tiles > 1, t_last - T, -T) + step_e, end)
-            token_s_next = _ahead(path, gl.where(tiles > 1, t_last - T, -T) + step_s, end)
 
             # The states before each half tile.
+            h = _state_of(border_next, D5)
             borders.index(0).store(gl.permute(h, (0, 1, 3, 4, 2)))
-            for s in range(tiles):
+            for s in range(tiles - 1):
                 if s > 0:
                     borders.index(2 * s).store(gl.permute(h, (0, 1, 3, 4, 2)))
                 dt = delta_next.to(gl.float32) + shift[None, :]
                 uf = u_next.to(gl.float32)
                 bf = b_next.to(gl.float32)
+                token_e = token_e_next
+                token_s = token_s_next
                 delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
                 u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
                 b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
-                token_e = _ahead(path, t_chunk + (s + 2) * T + step_e, end)
-                token_s = _ahead(path, t_chunk + (s + 2) * T + step_s, end)
+                then = t_chunk + gl.where(s + 2 < tiles, s + 2, tiles - 2) * T
+                token_e_next = _ahead(path, then + step_e, end)
+                token_s_next = _ahead(path, then + step_s, end)
                 if SOFTPLUS:
                     dt = _softplus(dt, delta.dtype.element_ty.primitive_bitwidth)
-                _put(rows.index(0), dt)
-                _put(rows.index(1), dt * uf)
-                _put(pair.index(0), bf)
-                for r in gl.static_range(HALF):
-                    decay = gl.exp2(_channels_of(rows.index(0), r, D5) * a2)
-                    h = decay * h + _channels_of(rows.index(1), r, D5) * _states_of(pair.index(0), r, D5)
-                if s + 1 < tiles:  # the last half tile finds its border in h
-                    borders.index(2 * s + 1).store(gl.permute(h, (0, 1, 3, 4, 2)))
-                    for r in gl.static_range(HALF, T):
-                        decay = gl.exp2(_channels_of(rows.index(0), r, D5) * a2)
-                        h = decay * h + _channels_of(rows.index(1), r, D5) * _states_of(pair.index(0), r, D5)
+                _put(dt_rows, dt)
+                _put(dtu_rows, dt * uf)
+                _put(b_rows, bf)
+                for r in gl.static_range(T):
+                    if r == HALF:
+                        borders.index(2 * s + 1).store(gl.permute(h, (0, 1, 3, 4, 2)))
+                    decay = gl.exp2(_channels_of(dt_rows, r, D5) * a2)
+                    h = decay * h + _channels_of(dtu_rows, r, D5) * _states_of(b_rows, r, D5)
 
-            delta_next = delta_last
-            u_next = u_last
-            b_next = b_last
-            token = last_e
-            token_n = last_s
-            token_e = _ahead(path, gl.where(i + 1 < chunks_here, t_chunk - CHUNK, -T) + step_e, end)
-            token_s = _ahead(path, gl.where(i + 1 < chunks_here, t_chunk - CHUNK, -T) + step_s, end)
+            # The last tile is walked to its middle, where the last half tile starts, and is then the first one back.
+            dy_next = _load_rows(dy_rows, token_e, length, dy_l, c, c_ok)
+            if z is not None:
+                z_next = _load_rows(z_rows, token_e, length, z_l, c, c_ok)
+            c_next = _load_rows(C_rows, token_s, length, C_l, n, n_ok)
+            if tiles > 1:
+                borders.index(2 * tiles - 2).store(gl.permute(h, (0, 1, 3, 4, 2)))
+            dt = delta_next.to(gl.float32) + shift[None, :]
+            if SOFTPLUS:
+                dt = _softplus(dt, delta.dtype.element_ty.primitive_bitwidth)
+            _put(dt_rows, dt)
+            _put(dtu_rows, dt * u_next.to(gl.float32))
+            _put(b_rows, b_next.to(gl.float32))
+            for r in gl.static_range(HALF):
+                decay = gl.exp2(_channels_of(dt_rows, r, D5) * a2)
+                h = decay * h + _channels_of(dtu_rows, r, D5) * _states_of(b_rows, r, D5)
+
             for j in range(tiles):
                 s = tiles - 1 - j
                 position = t_chunk + s * T + step_e
@@ -698,15 +754,24 @@ def scan_backward_kernel(
                     zf = z_next.to(gl.float32)
                 bf = b_next.to(gl.float32)
                 cf = c_next.to(gl.float32)
-                delta_next = _load_rows(delta_rows, token_e_next, length, delta_l, c, c_ok)
-                u_next = _load_rows(u_rows, token_e_next, length, u_l, c, c_ok)
-                dy_next = _load_rows(dy_rows, token_e_next, length, dy_l, c, c_ok)
+                token = token_e
+                token_n = token_s
+                token_e = token_e_next
+                token_s = token_s_next
+                delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
+                u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
+                b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
+                if (s == 0) & (t_chunk > start):
+                    border -= num_paths * N * border_n
+                    border_next = gl.load(border + state_at, mask=h_ok, other=0.0)
+                back_e = gl.where(s > 0, token_e, -1)  # the other rows are not for the next chunk's first sweep
+                dy_next = _load_rows(dy_rows, back_e, length, dy_l, c, c_ok)
                 if z is not None:
-                    z_next = _load_rows(z_rows, token_e_next, length, z_l, c, c_ok)
-                b_next = _load_rows(B_rows, token_s_next, length, B_l, n, n_ok)
-                c_next = _load_rows(C_rows, token_s_next, length, C_l, n, n_ok)
-                token_e_after = _ahead(path, gl.where(s > 1, t_chunk + (s - 2) * T, -T) + step_e, end)
-                token_s_after = _ahead(path, gl.where(s > 1, t_chunk + (s - 2) * T, -T) + step_s, end)
+                    z_next = _load_rows(z_rows, back_e, length, z_l, c, c_ok)
+                c_next = _load_rows(C_rows, gl.where(s > 0, token_s, -1), length, C_l, n, n_ok)
+                then = t_chunk + gl.where(s > 1, (s - 2) * T, (1 - s) * T - CHUNK)
+                token_e_next = _ahead(path, then + step_e, end)
+                token_s_next = _ahead(path, then + step_s, end)
                 if ADD_DU:
                     du_before = _load_rows(du_rows, gl.where(k > 0, token, -1), length, du_l, c, c_ok)
                 if ADD_DZ:
@@ -725,22 +790,25 @@ def scan_backward_kernel(
                     sig = _sigmoid(zf)
                     dgate = dout * sig * (1.0 + zf * (1.0 - sig))
                     dout = dout * zf * sig
-                _put(rows.index(0), dt)
-                _put(rows.index(1), dt * uf)
-                _put(rows.index(2), dout)
-                _put(pair.index(0), bf)
-                _put(pair.index(1), cf)
+                _put(dt_rows, dt)
+                _put(dtu_rows, dt * uf)
+                _put(dout_rows, dout)
+                _put(b_rows, bf)
+                _put(c_rows, cf)
                 for half in gl.static_range(1, -1, -1):
                     if half == 0 or j > 0:
                         h = borders.index(2 * s + half).permute((0, 1, 4, 2, 3)).load(D5)
                     before = gl.zeros([HALF, QC, NH, NX, LC], gl.float32, H5)
                     decays = gl.zeros([HALF, QC, NH, NX, LC], gl.float32, H5)
+                    if z is not None:
+                        sums_y = gl.zeros([HALF, QC, NX, LC], gl.float32, Y5)
+                    sums_c = gl.zeros([HALF, NH, NX, LC], gl.float32, C5)
                     # A step's numbers are read before the last one's sums are written, which they would wait for.
-                    dt_r = _channels_of(rows.index(0), half * HALF, D5)
-                    dtu_r = _channels_of(rows.index(1), half * HALF, D5)
-                    dout_r = _channels_of(rows.index(2), half * HALF, D5)
-                    b_r = _states_of(pair.index(0), half * HALF, D5)
-                    c_r = _states_of(pair.index(1), half * HALF, D5)
+                    dt_r = _channels_of(dt_rows, half * HALF, D5)
+                    dtu_r = _channels_of(dtu_rows, half * HALF, D5)
+                    dout_r = _channels_of(dout_rows, half * HALF, D5)
+                    b_r = _states_of(b_rows, half * HALF, D5)
+                    c_r = _states_of(c_rows, half * HALF, D5)
                     for r in gl.static_range(HALF):
                         decay = gl.exp2(dt_r * a2)
                         before = gl.where(index == r, gl.convert_layout(h, H5, assert_trivial=True), before)
@@ -749,14 +817,20 @@ def scan_backward_kernel(
                         y_r = h * c_r
                         c_part = h * dout_r
                         if r + 1 < HALF:
-                            dt_r = _channels_of(rows.index(0), half * HALF + r + 1, D5)
-                            dtu_r = _channels_of(rows.index(1), half * HALF + r + 1, D5)
-                            dout_r = _channels_of(rows.index(2), half * HALF + r + 1, D5)
-                            b_r = _states_of(pair.index(0), half * HALF + r + 1, D5)
-                            c_r = _states_of(pair.index(1), half * HALF + r + 1, D5)
+                            dt_r = _channels_of(dt_rows, half * HALF + r + 1, D5)
+                            dtu_r = _channels_of(dtu_rows, half * HALF + r + 1, D5)
+                            dout_r = _channels_of(dout_rows, half * HALF + r + 1, D5)
+                            b_r = _states_of(b_rows, half * HALF + r + 1, D5)
+                            c_r = _states_of(c_rows, half * HALF + r + 1, D5)
                         if z is not None:
-                            _put_over_states(part_y, half * HALF + r, y_r)
-                        _put_over_channels(part_c, half * HALF + r, c_part)
+                            sums_y = _with_sum(sums_y, r, y_r, 2, Y5)
+                        sums_c = _with_sum(sums_c, r, c_part, 1, C5)
+                    if z is not None:
+                        _put_over_states(part_y, half * HALF, sums_y)
+                    _put_over_channels(part_c, half * HALF, sums_c)
+                    sums_b = gl.zeros([HALF, NH, NX, LC], gl.float32, C5)
+                    sums_u = gl.zeros([HALF, QC, NX, LC], gl.float32, Y5)
+                    sums_a = gl.zeros([HALF, QC, NX, LC], gl.float32, Y5)
                     for r in gl.static_range(HALF - 1, -1, -1):
                         g = dout_r * c_r + g
                         b_part = g * dtu_r
@@ -765,19 +839,22 @@ def scan_backward_kernel(
                         power = g * gl.convert_layout(_step(before, index, r), D5, assert_trivial=True)
                         da += power * dt_r  # power: the gradient of delta * A
                         if r > 0:
-                            dt_r = _channels_of(rows.index(0), half * HALF + r - 1, D5)
-                            dtu_r = _channels_of(rows.index(1), half * HALF + r - 1, D5)
-                            dout_r = _channels_of(rows.index(2), half * HALF + r - 1, D5)
-                            b_r = _states_of(pair.index(0), half * HALF + r - 1, D5)
-                            c_r = _states_of(pair.index(1), half * HALF + r - 1, D5)
-                        _put_over_channels(part_b, half * HALF + r, b_part)
-                        _put_over_states(part_u, half * HALF + r, u_r)
-                        _put_over_states(part_a, half * HALF + r, power * a2)
+                            dt_r = _channels_of(dt_rows, half * HALF + r - 1, D5)
+                            dtu_r = _channels_of(dtu_rows, half * HALF + r - 1, D5)
+                            dout_r = _channels_of(dout_rows, half * HALF + r - 1, D5)
+                            b_r = _states_of(b_rows, half * HALF + r - 1, D5)
+                            c_r = _states_of(c_rows, half * HALF + r - 1, D5)
+                        sums_b = _with_sum(sums_b, r, b_part, 1, C5)
+                        sums_u = _with_sum(sums_u, r, u_r, 2, Y5)
+                        sums_a = _with_sum(sums_a, r, power * a2, 2, Y5)
+                    _put_over_channels(part_b, half * HALF, sums_b)
+                    _put_over_states(part_u, half * HALF, sums_u)
+                    _put_over_states(part_a, half * HALF, sums_a)
 
                 # What can be had again is not kept in registers meanwhile.
                 uf = u_tile.to(gl.float32)
-                dt = rows.index(0).reshape((T, BLOCK)).load(E2)
-                dout = rows.index(2).reshape((T, BLOCK)).load(E2)
+                dt = dt_rows.reshape((T, BLOCK)).load(E2)
+                dout = dout_rows.reshape((T, BLOCK)).load(E2)
                 if z is not None:
                     gate = dgate * (_add_lanes(part_y, NX, E2) + d[None, :] * uf)
                     if ADD_DZ:
@@ -794,13 +871,9 @@ def scan_backward_kernel(
                     grad_u += du_before.to(gl.float32)
                 _store_rows(du_rows, token, length, du_l, c, c_ok, grad_u)
                 _store_rows(ddelta_rows, token, length, ddelta_l, c, c_ok, ddt)
-                token = token_e_next
-                token_n = token_s_next
-                token_e_next = token_e_after
-                token_s_next = token_s_after
 
         at = ((image * num_spans + span_index) * num_paths + k) * border_n
-        gl.store(dA + at * N + state_at, da, mask=nc_ok)
+        gl.store(dA + at * N + state_at, _border_of(da, H2), mask=h_ok)
         if D is not None:
             gl.store(dD + at + c, gl.sum(dd, axis=0), mask=c_ok)
         if bias is not None:
@@ -827,8 +900,9 @@ def span_backward_kernel(
     E2: gl.constexpr = _channels_layout(T, QC)
     S2: gl.constexpr = _states_layout(T, NP)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    rows = gl.allocate_shared_memory(gl.float32, [2, T, LC, QC], FLAT)
-    pair = gl.allocate_shared_memory(gl.float32, [1, T, NX, NH], FLAT)
+    dt_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
+    dout_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
+    c_rows = gl.allocate_shared_memory(gl.float32, [T, NX, NH], FLAT)
 
     blocks = (per_group + BLOCK - 1) // BLOCK
     image, span_index, k, group, block = _locate(num_paths, groups, blocks, num_spans, False)
@@ -892,12 +966,12 @@ def span_backward_kernel(
             dt = _softplus(dt, delta.dtype.element_ty.primitive_bitwidth)
         dt = gl.where((position + step_e < end)[:, None], dt, 0.0)
         dt_sum += dt
-        _put(rows.index(0), dt)
-        _put(rows.index(1), dout)
-        _put(pair.index(0), cf)
+        _put(dt_rows, dt)
+        _put(dout_rows, dout)
+        _put(c_rows, cf)
         for r in gl.static_range(T - 1, -1, -1):
-            decay = gl.exp2(_channels_of(rows.index(0), r, D5) * a2)
-            g = decay * (g + _channels_of(rows.index(1), r, D5) * _states_of(pair.index(0), r, D5))
+            decay = gl.exp2(_channels_of(dt_rows, r, D5) * a2)
+            g = decay * (g + _channels_of(dout_rows, r, D5) * _states_of(c_rows, r, D5))
     at = ((image * num_spans + span_index) * num_paths + k) * border_n
     gl.store(total + at + c, gl.sum(dt_sum, axis=0), mask=c_ok)
     gl.store(change + at * N + state.to(gl.int64) * border_n + (first_c + channel), g, mask=nc_ok)

@@ -357,6 +357,15 @@ def _span_backward_kernel(
     tl.store(change + at * N + n[None, :, None].to(tl.int64) * border_n + c[None, None, :], g, mask=nc_ok[None, :, :])
 
 
+@triton.jit
+def _spans_at(image, s, k, num_spans, num_paths, border_n, c_ok, REVERSE: tl.constexpr):
+    """Where the sums of these spans begin, [SPANS, 1], and which of [SPANS, channels] exist."""
+    ok = (s < num_spans)[:, None] & c_ok[None, :]
+    if REVERSE:
+        s = num_spans - 1 - s
+    return (((image * num_spans + s) * num_paths + k) * border_n)[:, None], ok
+
+
 @_jit
 def _link_spans_kernel(
     A, initial, change, total, num_paths, groups, per_group, num_spans, A_k, A_d, A_n, h_b, h_k, h_n, border_n,
@@ -375,20 +384,24 @@ def _link_spans_kernel(
     if initial is not None:
         h_at = image * h_b + tl.cast(k, tl.int64) * h_k + tl.cast(n, tl.int64) * h_n + c
         h = tl.load(initial + h_at, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+    of_state = tl.cast(n, tl.int64) * border_n + c[None, :]
+    at, ok = _spans_at(image, index, k, num_spans, num_paths, border_n, c_ok, REVERSE)
+    x_next = tl.load(change + at * N + of_state, mask=ok, other=0.0)
+    total_next = tl.load(total + at + c[None, :], mask=ok, other=0.0)
     for i in range(0, num_spans, SPANS):
-        s = i + index
-        ok = (s < num_spans)[:, None] & c_ok[None, :]
-        if REVERSE:
-            s = num_spans - 1 - s
-        at = (((image * num_spans + s) * num_paths + k) * border_n)[:, None]
-        state_at = at * N + tl.cast(n, tl.int64) * border_n + c[None, :]
-        x = tl.load(change + state_at, mask=ok, other=0.0)
-        decay = tl.exp2(tl.load(total + at + c[None, :], mask=ok, other=0.0) * a2[None, :])
+        state_at = at * N + of_state
+        x = x_next
+        x_ok = ok
+        decay = tl.exp2(total_next * a2[None, :])
+        # One tile ahead: the chain of a tile is shorter than its loads.
+        at, ok = _spans_at(image, i + SPANS + index, k, num_spans, num_paths, border_n, c_ok, REVERSE)
+        x_next = tl.load(change + at * N + of_state, mask=ok, other=0.0)
+        total_next = tl.load(total + at + c[None, :], mask=ok, other=0.0)
         before = x
         for r in tl.static_range(SPANS):
             before = tl.where(index[:, None] == r, h, before)
             h = step_of(decay, index[:, None], r) * h + step_of(x, index[:, None], r)
-        tl.store(change + state_at, before, mask=ok)
+        tl.store(change + state_at, before, mask=x_ok)
 
 
 @_jit
@@ -859,13 +872,17 @@ def _merged(by_path: Tensor) -> Tensor:
 
 
 def selective_scan_forward(
-    u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, delta_weight=None
-) -> tuple[Tensor, Tensor, Tensor]:
+    u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, delta_weight=None,
+    overwrite_delta=False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns y, the last state (batch, K, D, N), and the border states (empty unless asked for).
 
-    With ``delta_weight`` the step sizes are low-rank, and expanded first.
+    With ``delta_weight`` the step sizes are low-rank, and expanded first. y is written over step sizes that nobody
+    else has or wants: a program reads those of a tile before it writes there, and no other program's.
     """
     delta = step_sizes(delta, delta_weight)
+    overwrite = (overwrite_delta or delta_weight is not None) and not merge and not save_states
+    overwrite = overwrite and delta.dtype == u.dtype and delta.is_contiguous()  # not one for all paths
     x = _arguments(u, delta, A, B, C, D, z, delta_bias, paths)
     check_dtypes(initial_state=initial_state)
     batch, length, num_paths, dim = delta.shape
@@ -889,7 +906,7 @@ def selective_scan_forward(
     initial = _state_rows(initial_state)
     last_state = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
     states = new_states(delta, num_states, save_states)
-    y = _by_path(u, batch, length, 1 if plan.loop_paths else num_paths, dim, merge)
+    y = delta if overwrite else _by_path(u, batch, length, 1 if plan.loop_paths else num_paths, dim, merge)
     given = dict(
         **x.tensors, **x.sizes, **x.strides, **_names("y", y, "blk"), **_names("h", initial, "bskn"),
         initial=initial, y=y, last_state=last_state, states=states, saves=int(save_states), change=None, total=None,
@@ -985,8 +1002,12 @@ def selective_scan_backward(
     partial_A = partial(rows, num_paths, num_states, dim)
     partial_D = None if D is None else partial(rows, num_paths, dim)
     partial_bias = None if delta_bias is None else partial(rows, num_paths, dim)
-    # The same for the blocks of channels.
-    partial_B = partial(x.blocks(config) // groups, batch, length, num_paths, groups, num_states)
+    # The same for the blocks of channels. Many numbers, so no finer than what they add up to; but not in float16, for
+    # which a part may be too large where the sum is not.
+    partial_B = u.new_empty(
+        (x.blocks(config) // groups, batch, length, num_paths, groups, num_states),
+        dtype=torch.bfloat16 if B.dtype == torch.bfloat16 else torch.float32,
+    )
     partial_C = torch.empty_like(partial_B)
     sums = dict(
         dA=total(A, num_paths, dim, num_states), dB=total(B, *B.shape), dC=total(C, *C.shape),
