@@ -571,6 +571,15 @@ def scan_segments_kernel(
     gl.store(last_state + last, h, mask=h_ok)
 
 
+@gluon.jit
+def _walk(h, a2, dt_rows, dtu_rows, b_rows, first: gl.constexpr, end: gl.constexpr, D5: gl.constexpr):
+    """The state [1, QC, NH, NX, LC] after these steps of the rows in shared memory."""
+    for r in gl.static_range(first, end):
+        decay = gl.exp2(_channels_of(dt_rows, r, D5) * a2)
+        h = decay * h + _channels_of(dtu_rows, r, D5) * _states_of(b_rows, r, D5)
+    return h
+
+
 @_jit
 def scan_backward_kernel(
     u, delta, A, B, C, D, z, bias, paths, states, dy, dlast,
@@ -679,11 +688,10 @@ def scan_backward_kernel(
         dd = gl.zeros([T, BLOCK], gl.float32, E2)
         dshift = gl.zeros([T, BLOCK], gl.float32, E2)
 
-        first_chunk = start // CHUNK
         chunks_here = (end - start + CHUNK - 1) // CHUNK
-        # Everything is read ahead of its use, across chunks too: rows by a tile, tokens by two, a chunk's border during
-        # the sweep before. The order of tiles: a chunk's first to last, last to first, then the chunk before it.
-        last_chunk = (first_chunk + chunks_here - 1) * CHUNK
+        last_chunk = start + (chunks_here - 1) * CHUNK
+        # Everything is read ahead of its use, across chunks too: rows by a tile, tokens by two, a chunk's border in the
+        # last tile before it. The order of tiles: a chunk's first to last, last to first, then the chunk before it.
         token_e = _ahead(path, last_chunk + step_e, end)
         token_s = _ahead(path, last_chunk + step_s, end)
         border = states + ((image * num_chunks + last_chunk // CHUNK) * num_paths + k) * N * border_n
@@ -720,11 +728,9 @@ def scan_backward_kernel(
                 _put(dt_rows, dt)
                 _put(dtu_rows, dt * uf)
                 _put(b_rows, bf)
-                for r in gl.static_range(T):
-                    if r == HALF:
-                        borders.index(2 * s + 1).store(gl.permute(h, (0, 1, 3, 4, 2)))
-                    decay = gl.exp2(_channels_of(dt_rows, r, D5) * a2)
-                    h = decay * h + _channels_of(dtu_rows, r, D5) * _states_of(b_rows, r, D5)
+                h = _walk(h, a2, dt_rows, dtu_rows, b_rows, 0, HALF, D5)
+                borders.index(2 * s + 1).store(gl.permute(h, (0, 1, 3, 4, 2)))
+                h = _walk(h, a2, dt_rows, dtu_rows, b_rows, HALF, T, D5)
 
             # The last tile is walked to its middle, where the last half tile starts, and is then the first one back.
             dy_next = _load_rows(dy_rows, token_e, length, dy_l, c, c_ok)
@@ -739,9 +745,7 @@ def scan_backward_kernel(
             _put(dt_rows, dt)
             _put(dtu_rows, dt * u_next.to(gl.float32))
             _put(b_rows, b_next.to(gl.float32))
-            for r in gl.static_range(HALF):
-                decay = gl.exp2(_channels_of(dt_rows, r, D5) * a2)
-                h = decay * h + _channels_of(dtu_rows, r, D5) * _states_of(b_rows, r, D5)
+            h = _walk(h, a2, dt_rows, dtu_rows, b_rows, 0, HALF, D5)
 
             for j in range(tiles):
                 s = tiles - 1 - j
