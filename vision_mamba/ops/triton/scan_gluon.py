@@ -89,6 +89,18 @@ def _border_layout(QC, NH):
 
 
 @gluon.jit
+def _border_places(
+    group, block, per_group, border_n,
+    N: gl.constexpr, NP: gl.constexpr, BLOCK: gl.constexpr, ALIGN: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Where the [states, channels] of a block lie in a border (N, D), 32 bits, and which of them exist."""
+    n = gl.arange(0, NP, gl.SliceLayout(1, layout))
+    inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
+    at = (n * (border_n // ALIGN * ALIGN))[:, None] + (group * per_group + inside)[None, :]
+    return at, (n < N)[:, None] & (inside < per_group)[None, :]
+
+
+@gluon.jit
 def _border_of(h, layout: gl.constexpr):
     """[1, QC, NH, NX, LC] as [states, channels]."""
     x = gl.permute(h, (0, 3, 2, 4, 1))
@@ -207,10 +219,7 @@ def scan_forward_kernel(
     step_s = gl.arange(0, T, gl.SliceLayout(1, S2))
     state, channel = _lanes(QC, NH, D5)
     nc_ok = (state < N) & (block * BLOCK + channel < per_group)
-    n_h = gl.arange(0, NP, gl.SliceLayout(1, H2))
-    h_inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, H2))
-    h_ok = (n_h < N)[:, None] & (h_inside < per_group)[None, :]
-    state_at = (n_h * (border_n // ALIGN * ALIGN))[:, None] + (group * per_group + h_inside)[None, :]
+    state_at, h_ok = _border_places(group, block, per_group, border_n, N, NP, BLOCK, ALIGN, H2)
 
     num_chunks = (length + CHUNK - 1) // CHUNK
     start = span_index * span
@@ -633,10 +642,7 @@ def scan_backward_kernel(
     step_s = gl.arange(0, T, gl.SliceLayout(1, S2))
     state, channel = _lanes(QC, NH, D5)
     nc_ok = (state < N) & (block * BLOCK + channel < per_group)
-    n_h = gl.arange(0, NP, gl.SliceLayout(1, H2))
-    h_inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, H2))
-    h_ok = (n_h < N)[:, None] & (h_inside < per_group)[None, :]
-    state_at = (n_h * (border_n // ALIGN * ALIGN))[:, None] + (group * per_group + h_inside)[None, :]
+    state_at, h_ok = _border_places(group, block, per_group, border_n, N, NP, BLOCK, ALIGN, H2)
     index = gl.arange(0, HALF, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, H5)))))
     index = index[:, None, None, None, None]
 
