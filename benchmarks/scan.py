@@ -341,7 +341,8 @@ def compile_candidate(row, dtype_name, direction, config, target, sms) -> dict:
     triton.runtime.driver.set_active(_NoDevice(target))
     found = launches(row, dtype_name, direction, config, sms, compile=True)
     main = f"scan_{direction}_kernel", "scan_segments_kernel"
-    grid, compiled = next(rest for name, *rest in found if name.removeprefix("_") in main)
+    # The last of that name: spans start with one that gives no y.
+    *_, (grid, compiled) = (rest for name, *rest in found if name.removeprefix("_") in main)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -350,6 +351,7 @@ def compile_candidate(row, dtype_name, direction, config, target, sms) -> dict:
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
     return {
         "programs": grid[0], "registers": used["REG"], "stack": used["STACK"], "shared": compiled.metadata.shared,
+        "barriers": len(re.findall(r"\bbar(?:rier)?\.(?:warp\.)?sync", compiled.asm["ptx"])),
     }  # fmt: skip
 
 
@@ -424,12 +426,13 @@ def tune(pool, row, dtype_name: str, direction: str, repeats: int) -> None:
         lines.sort(key=lambda line: line["ms"])
     else:
         default = lines[0]
-    print("  steps warps tiles block resident programs registers stack shared     error      ms")
+    print("  steps warps tiles block resident programs registers stack shared barriers     error      ms")
     for line in lines:
         config = line["config"]
         print(
             f"{'*' if line is default else ' '} {config.steps:5} {config.warps:5} {config.tiles:5} {config.block:5} "
             f"{config.resident:8} {line['programs']:8} {line['registers']:9} {line['stack']:5} {line['shared']:6} "
+            f"{line['barriers']:8} "
             f"{line.get('rel_err', math.nan):9.1e} {line.get('ms', math.nan):7.4f}",
             flush=True,
         )

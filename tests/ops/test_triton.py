@@ -323,11 +323,13 @@ for kernel, states in (
         config = module._segments_config(states, *map(int, kernel.split()[1:]))
     direction = "backward" if kernel == "backward" else "forward"
     used = scan.compile_candidate((2, 64, 197, states, 1), "bfloat16", direction, config, *scan.H100)
-    print("compiled", json.dumps([kernel, states, used["stack"]]))
+    print("compiled", json.dumps([kernel, states, used["stack"], used["barriers"]]))
 """
-SPILLED = {  # bytes a thread at most, with any Triton: 3.6 has 8 and less in segments, 3.9 up to 48
-    ("forward", 16): 0, ("backward", 8): 64, ("backward", 16): 32,
-    ("segments 16 4", 8): 16, ("segments 16 2", 16): 64, ("segments 16 4", 16): 16, ("segments 8 4", 16): 32,
+# Bytes a thread that are spilled, and barriers, at most: with any Triton. 3.6 has 8 bytes and less in segments, 3.9 up to 48.
+MOST = {
+    ("forward", 16): (0, 3), ("backward", 8): (32, 11), ("backward", 16): (16, 11),
+    ("segments 16 4", 8): (16, 5), ("segments 16 2", 16): (64, 5), ("segments 16 4", 16): (16, 5),
+    ("segments 8 4", 16): (32, 5),
 }  # fmt: skip
 
 
@@ -336,7 +338,8 @@ SPILLED = {  # bytes a thread at most, with any Triton: 3.6 has 8 and less in se
 def test_gluon_scan_compiles_for_an_h100():
     """Numbers are checked in the interpreter; here, that layouts fit. Gluon changes from Triton to Triton.
 
-    What is spilled matters: shared memory leaves the first cache no room for it.
+    What is spilled matters: shared memory leaves the first cache no room for it. And so do barriers, of which Triton
+    puts one between two stores into one piece of shared memory: a lone warp waits at each.
     """
     module = pytest.importorskip("vision_mamba.ops.triton.selective_scan")
     if not module.HAS_GLUON:
@@ -345,9 +348,10 @@ def test_gluon_scan_compiles_for_an_h100():
     run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=root, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [line.partition(" ")[2] for line in run.stdout.splitlines() if line.startswith("compiled ")]
-    found = {(direction, states): stack for direction, states, stack in map(json.loads, lines)}
-    assert found.keys() == SPILLED.keys()
-    assert all(found[kernel] <= most for kernel, most in SPILLED.items()), found
+    found = {(kernel, states): used for kernel, states, *used in map(json.loads, lines)}
+    assert found.keys() == MOST.keys()
+    for kernel, (stack, barriers) in MOST.items():
+        assert found[kernel][0] <= stack and found[kernel][1] <= barriers, (kernel, found)
 
 
 @gpu
