@@ -1,9 +1,18 @@
 """Shared by all tests: poisoned memory, and comparison by relative RMS error."""
 
+import hashlib
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+
+# numba's cache on disk knows the file of a kernel, not those of what the kernel calls: after a change in one of these
+# it would go on with the old one. So each state of all files has a cache of its own.
+_CPU = Path(__file__).parents[1] / "vision_mamba" / "ops" / "cpu"
+_STATE = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_CPU.glob("*.py")))).hexdigest()[:16]
+os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"vision_mamba-numba-{_STATE}"))
 
 
 def pytest_configure(config):
