@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 # it would go on with the old one. So each state of all files has a cache of its own.
 _CPU = Path(__file__).parents[1] / "vision_mamba" / "ops" / "cpu"
 _STATE = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_CPU.glob("*.py")))).hexdigest()[:16]
-os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"vision_mamba-numba-{_STATE}"))
+os.environ.setdefault("NUMBA_CACHE_DIR", str(_CPU / "__pycache__" / f"tests-{_STATE}"))
 
 
 def pytest_configure(config):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..ops import causal_conv1d, selective_scan
 from ..ops.selective_scan import block_diagonal, path_products
+from .observed import are_observed
 
 
 @torch.no_grad()
@@ -329,8 +330,7 @@ class FusedMambaMixer(nn.Module):
         conv_paths = None if self.share_paths else paths
         proj = self.in_proj
         # What adapters and hooks put on the projection would be passed by.
-        plain = type(proj) is nn.Linear and not (proj._forward_hooks or proj._forward_pre_hooks)
-        if plain and x[..., 0].numel() >= _MANY_TOKENS:
+        if x.shape[0] * x.shape[1] >= _MANY_TOKENS and type(proj) is nn.Linear and not are_observed(proj):
             of_tokens, of_z = proj.weight.chunk(2)
             tokens = _convolved(F.linear(x, of_tokens), self.conv_weight, self.conv_bias, conv_paths)
             z = F.linear(x, of_z)

@@ -13,9 +13,9 @@ from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..layers import OverlapPatchEmbed
+from ..layers.observed import are_observed
 from ..paths import scan_paths
 from ._builder import check_choice
 
@@ -26,8 +26,6 @@ except ImportError:  # timm 1.0.28 and before keep no record of a model's own si
     def update_model_input_size(model: nn.Module, img_size: int | Sequence[int] | None, **model_args: Any) -> None:
         pass
 
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
 
 # torch.fx takes these whole: they look at sizes, which have no values while it traces.
 register_notrace_module(OverlapPatchEmbed)
@@ -141,15 +139,11 @@ class PlainModel(nn.Module):
             or torch.jit.is_scripting()
             or torch.jit.is_tracing()
             or torch.compiler.is_compiling()
-            or _has_any_global_hook()
             or not all(hasattr(type(block), "branch") for block in blocks)
         ):
             return False
         norms = [*(block.norm for block in blocks), self.norm]
-        return all(hasattr(type(norm), "after") for norm in norms) and not any(
-            module._compiled_call_impl or any(getattr(module, hooks) for hooks in _HOOKS)
-            for module in (*blocks, *norms)
-        )
+        return all(hasattr(type(norm), "after") for norm in norms) and not are_observed(*blocks, *norms)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, in_chans, height, width) -> normalised tokens (batch, L, embed_dim), class tokens in place."""

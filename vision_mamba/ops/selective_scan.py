@@ -64,7 +64,7 @@ def selective_scan(
         initial_state: state before the first step, (batch, K, D, N), or (batch, D, N) without K.
         return_last_state: also return the state after the last step of each path.
         overwrite_delta: the caller has no further use for ``delta``, and y may be written over it. It is where no
-            gradient is wanted, on a GPU and with ``merge="none"``; large images then need a third less memory.
+            gradient is wanted, on a GPU and with ``merge="none"``, which saves as much memory as y takes.
         backend: ``"triton"``, ``"cpu"`` or ``"reference"``; by device if None.
 
     Returns:

@@ -988,8 +988,8 @@ def selective_scan_backward(
             return u.new_empty(batch, length, 1, dim), True
         return _by_path(u, batch, length, num_paths, dim, merge=True), False
 
-    def partial(*shape: int) -> Tensor:
-        return u.new_empty(shape, dtype=torch.float32)
+    def partial(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return u.new_empty(shape, dtype=dtype)
 
     def total(tensor: Tensor | None, *shape: int) -> Tensor | None:
         return None if tensor is None else tensor.new_empty(shape)
@@ -1004,10 +1004,8 @@ def selective_scan_backward(
     partial_bias = None if delta_bias is None else partial(rows, num_paths, dim)
     # The same for the blocks of channels. Many numbers, so no finer than what they add up to; but not in float16, for
     # which a part may be too large where the sum is not.
-    partial_B = u.new_empty(
-        (x.blocks(config) // groups, batch, length, num_paths, groups, num_states),
-        dtype=torch.bfloat16 if B.dtype == torch.bfloat16 else torch.float32,
-    )
+    partial_dtype = torch.bfloat16 if B.dtype == torch.bfloat16 else torch.float32
+    partial_B = partial(x.blocks(config) // groups, batch, length, num_paths, groups, num_states, dtype=partial_dtype)
     partial_C = torch.empty_like(partial_B)
     sums = dict(
         dA=total(A, num_paths, dim, num_states), dB=total(B, *B.shape), dC=total(C, *C.shape),
