@@ -340,9 +340,9 @@ def compile_candidate(row, dtype_name, direction, config, target, sms) -> dict:
     """Resources of the pass's main kernel. Runs in a process of its own and fills the disk cache."""
     triton.runtime.driver.set_active(_NoDevice(target))
     found = launches(row, dtype_name, direction, config, sms, compile=True)
-    main = f"scan_{direction}_kernel", "scan_segments_kernel"
+    main = f"scan_{direction}_kernel"
     # The last of that name: spans start with one that gives no y.
-    *_, (grid, compiled) = (rest for name, *rest in found if name.removeprefix("_") in main)
+    *_, (grid, compiled) = (rest for name, *rest in found if name.removeprefix("_") == main)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -375,9 +375,12 @@ def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
     states = row[3]
     if kernels._uses_gluon(states, torch.device("meta")):
         if direction == "forward":
-            default = kernels._gluon_forward_config(states, torch.device("meta"), programs=sms * 32, length=row[2])
-            found = [default._replace(steps=steps, block=block) for block in (32, 16, 8) for steps in (8, 4)]
-            found += [kernels._segments_config(states, *shape) for shape in ((16, 2), (16, 4), (8, 4))]
+            programs = row[0] * row[4] * triton.cdiv(row[1], 32)
+            with mock.patch.object(kernels, "_wanted_programs", lambda device, config: sms * config.resident):
+                default = kernels._gluon_forward_config(states, torch.device("meta"), programs, row[2])
+            shapes = (32, 1, 8), (32, 1, 4), (16, 1, 8), (16, 1, 16), (32, 2, 8), (32, 4, 16), (16, 2, 16), (16, 4, 32)
+            found = [default._replace(block=block, warps=warps, steps=steps) for block, warps, steps in shapes]
+            found.insert(0, default)
         else:
             default = kernels._gluon_backward_config(states)
             found = [default, *(default._replace(registers=registers) for registers in (224, 168))]

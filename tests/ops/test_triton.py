@@ -123,6 +123,7 @@ def check_scan(case: Case, monkeypatch) -> None:
     if case.programs is not None:
         monkeypatch.setattr(module, "_wanted_programs", lambda *_: case.programs)
         monkeypatch.setattr(module, "_SPAN_STEPS", 1)
+        monkeypatch.setattr(module, "_ONE_WALK", 0)
     given = inputs(case, DEVICE)
     reference = results(case, given, "reference")
     assert_near(results(case, given, "triton"), reference, TOLERANCE[case.dtype])
@@ -217,22 +218,29 @@ def test_gluon_scan_agrees_with_the_reference(case, block, monkeypatch):
     assert {"scan_forward_kernel", "scan_backward_kernel"} <= set(launched)
 
 
-# Of the kernel with several warps a program, over one tile and more, of 16 to 64 steps: channels and warps a program.
-SHAPES = ((16, 2), (16, 4), (8, 4))
-SEGMENTS = [
-    (Case(1, 18, 16, 1), 16, 2),
-    (Case(63, 20, 5, 2, z="each", softplus=False), 8, 4),
-    (Case(63, 20, 16, 2, groups=2, merge="sum"), 16, 2),
-    (Case(70, 18, 8, 1, z="none", parameters=False), 16, 4),
-    (Case(35, 18, 12, 2, u_shared=False, broadcast=True, dtype=torch.bfloat16), 16, 4),
-    *((Case(500, 384, 16, paths, batch=2, merge="sum"), *shape) for paths in (1, 2) for shape in SHAPES),
-    *((Case(197, 40, states, 3, dtype=torch.float16), *shape) for states in (8, 16) for shape in SHAPES),
+# Of several warps a program, over one tile and more, of 16 and 32 steps: channels a program.
+SHARED = [
+    (Case(1, 18, 16, 1), 32),
+    (Case(63, 20, 5, 2, z="each", softplus=False), 16),
+    (Case(63, 20, 16, 2, groups=2, merge="sum"), 16),
+    (Case(70, 18, 8, 1, z="none", parameters=False), 32),
+    (Case(70, 34, 16, 3, z="each", merge="sum", programs=0), 32),
+    (Case(35, 18, 12, 2, u_shared=False, broadcast=True, dtype=torch.bfloat16), 16),
+    *((Case(500, 384, 16, paths, batch=2, merge="sum"), block) for paths in (1, 2) for block in (16, 32)),
+    *((Case(800, 384, 16, 1, programs=60), block) for block in (16, 32)),
+    *((Case(197, 40, states, 3, dtype=torch.float16), block) for states in (8, 16) for block in (16, 32)),
 ]
 
 
+def shared_config(module, states, block):
+    """Four warps a program."""
+    config = module._gluon_forward_config(states, torch.device("meta"), 10**6, 1)
+    return config._replace(block=block, steps=512 // block, warps=4)
+
+
 @kernels
-@pytest.mark.parametrize("case, block, warps", SEGMENTS, ids=str)
-def test_gluon_scan_in_segments_agrees_with_the_reference(case, block, warps, monkeypatch):
+@pytest.mark.parametrize("case, block", SHARED, ids=str)
+def test_gluon_scan_by_several_warps_agrees_with_the_reference(case, block, monkeypatch):
     from vision_mamba.ops.triton import selective_scan as module
 
     if INTERPRETED:
@@ -241,19 +249,17 @@ def test_gluon_scan_in_segments_agrees_with_the_reference(case, block, warps, mo
         emulate(monkeypatch, module)
     elif not module.HAS_GLUON:
         pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
-    monkeypatch.setattr(
-        module, "_gluon_forward_config", lambda num_states, *given: module._segments_config(num_states, block, warps)
-    )
+    config = shared_config(module, case.num_states, block)
+    monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config)
     launched = []
     launch = module.launch
     monkeypatch.setattr(module, "launch", lambda *given: (launched.append(given[0].__name__), launch(*given)))
     check_scan(case, monkeypatch)
-    assert {"scan_segments_kernel", "scan_backward_kernel"} <= set(launched)
-    assert "scan_forward_kernel" not in launched
+    assert {"scan_forward_kernel", "scan_backward_kernel"} <= set(launched)
 
 
 @kernels
-@pytest.mark.parametrize("kernel", ["portable", "spans", "gluon", "segments"])
+@pytest.mark.parametrize("kernel", ["portable", "spans", "gluon", "shared"])
 def test_y_over_the_step_sizes(kernel, monkeypatch):
     """Where the caller gives their memory away: the same numbers in it; else, or with gradients, it is left alone."""
     from vision_mamba.ops.triton import selective_scan as module
@@ -265,13 +271,14 @@ def test_y_over_the_step_sizes(kernel, monkeypatch):
             emulate(monkeypatch, module)
         elif not module.HAS_GLUON:
             pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
-        config = module._segments_config(states, 8, 4)
-        if kernel != "segments":
-            config = module._gluon_forward_config(states, torch.device("meta"), 10**6, length)
+        config = module._gluon_forward_config(states, torch.device("meta"), 10**6, length)
+        if kernel == "shared":
+            config = shared_config(module, states, 16)
         monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config)
     if kernel == "spans":
         monkeypatch.setattr(module, "_wanted_programs", lambda *_: 60)
         monkeypatch.setattr(module, "_SPAN_STEPS", 1)
+        monkeypatch.setattr(module, "_ONE_WALK", 0)
 
     def run(given, **options):
         given = given | {"delta": given["delta"].clone()}
@@ -292,17 +299,22 @@ def test_y_over_the_step_sizes(kernel, monkeypatch):
     assert left_alone(inputs(Case(length, dim, states, 2, broadcast=True), DEVICE)), "one for all paths"
 
 
-def test_segments_where_programs_are_few(monkeypatch):
+def test_warps_and_spans_where_programs_are_few(monkeypatch):
     """On 132 multiprocessors: enough images fill them, and one image alone has too few channels for a long walk."""
     module = pytest.importorskip("vision_mamba.ops.triton.selective_scan")
     monkeypatch.setattr(module, "_wanted_programs", lambda device, config: 132 * config.resident // config.warps)
     chosen = {}
-    for batch, length in ((128, 197), (64, 785), (32, 785), (16, 2048), (8, 6085), (1, 65536), (1, 197), (16, 64)):
+    for batch, length in (
+        (128, 197), (96, 197), (32, 785), (16, 2048), (8, 6085), (4, 6085), (1, 65536), (1, 785), (1, 577), (1, 197),
+    ):  # fmt: skip
         config = module._gluon_forward_config(16, torch.device("cuda"), batch * 384 // 32, length)
-        chosen[batch, length] = config.warps, config.block
+        least = length + 1 if length <= module._ONE_WALK else 3
+        plan = module._plan(batch, length, 1, 384 // config.block, 16, None, config, False, least)
+        chosen[batch, length] = config.warps, config.block, plan.num_spans
     assert chosen == {
-        (128, 197): (1, 32), (64, 785): (1, 16), (32, 785): (2, 16), (16, 2048): (4, 16), (8, 6085): (4, 8),
-        (1, 65536): (1, 32), (1, 197): (4, 8), (16, 64): (1, 16),
+        (128, 197): (1, 32, 1), (96, 197): (4, 32, 1), (32, 785): (4, 32, 1), (16, 2048): (4, 16, 1),
+        (8, 6085): (4, 16, 1), (4, 6085): (4, 32, 13), (1, 65536): (4, 32, 54), (1, 785): (4, 32, 9),
+        (1, 577): (4, 16, 1), (1, 197): (4, 16, 1),
     }  # fmt: skip
 
 
@@ -313,23 +325,23 @@ from benchmarks import scan
 from vision_mamba.ops.triton import selective_scan as module
 
 for kernel, states in (
-    ("forward", 16), ("backward", 8), ("backward", 16),
-    ("segments 16 4", 8), ("segments 16 2", 16), ("segments 16 4", 16), ("segments 8 4", 16),
+    ("forward", 8), ("forward", 16), ("backward", 8), ("backward", 16),
+    ("shared 32", 8), ("shared 16", 8), ("shared 32", 16), ("shared 16", 16),
 ):
     config = module._gluon_forward_config(states, torch.device("meta"), 10**6, 197)
     if kernel == "backward":
         config = module._gluon_backward_config(states)
     elif kernel != "forward":
-        config = module._segments_config(states, *map(int, kernel.split()[1:]))
+        block = int(kernel.split()[1])
+        config = config._replace(block=block, steps=512 // block, warps=4)
     direction = "backward" if kernel == "backward" else "forward"
     used = scan.compile_candidate((2, 64, 197, states, 1), "bfloat16", direction, config, *scan.H100)
     print("compiled", json.dumps([kernel, states, used["stack"], used["barriers"]]))
 """
-# Bytes a thread that are spilled, and barriers, at most: with any Triton. 3.6 has 8 bytes and less in segments, 3.9 up to 48.
+# Bytes a thread that are spilled, and barriers, at most: with any Triton.
 MOST = {
-    ("forward", 16): (0, 3), ("backward", 8): (32, 11), ("backward", 16): (16, 11),
-    ("segments 16 4", 8): (16, 5), ("segments 16 2", 16): (64, 5), ("segments 16 4", 16): (16, 5),
-    ("segments 8 4", 16): (32, 5),
+    ("forward", 8): (0, 2), ("forward", 16): (0, 2), ("backward", 8): (32, 11), ("backward", 16): (16, 11),
+    ("shared 32", 8): (0, 2), ("shared 16", 8): (0, 2), ("shared 32", 16): (0, 2), ("shared 16", 16): (0, 2),
 }  # fmt: skip
 
 

@@ -58,22 +58,16 @@ def _store_rows(base, token, length, stride, column, column_ok, value):
 
 
 @gluon.constexpr_function
-def _tile_layout(T, QC, NH):
-    """[T, QC, NH, NX, LC]"""
-    return gl.BlockedLayout([T, QC, NH, 1, 1], [1, 1, 1, 4, 8], [1, 1, 1, 1, 1], [4, 3, 2, 1, 0])
+def _tile_layout(T, QC, NH, LC=8, WARPS=1):
+    """[T, QC, NH, NX, LC], the warps along the states."""
+    return gl.BlockedLayout([T, QC, NH, 1, 1], [1, 1, 1, 32 // LC, LC], [1, 1, 1, WARPS, 1], [4, 3, 2, 1, 0])
 
 
 @gluon.constexpr_function
-def _channels_layout(T, QC):
-    """[T, channels] as in memory: wide words, every number in one lane."""
-    rows = min(T, 4)
-    return gl.BlockedLayout([1, QC * rows // 4], [rows, 32 // rows], [1, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def _states_layout(T, NP):
-    """[T, N] as in memory."""
-    return gl.BlockedLayout([1, T * NP // 32], [T, 32 // T], [1, 1], [1, 0])
+def _rows_layout(T, columns, WARPS=1):
+    """[T, columns] as in memory, wide words; of more columns, a lane holds the same of each ``columns``."""
+    words = min(T * columns // (32 * WARPS), 4)
+    return gl.BlockedLayout([1, words], [32 * words // columns, columns // words], [WARPS, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -83,9 +77,9 @@ def _stacked(layout, count):
 
 
 @gluon.constexpr_function
-def _border_layout(QC, NH):
+def _border_layout(QC, NH, LC=8, WARPS=1):
     """[states, channels] as in memory, in which a lane has the numbers that it has of the state in a walk."""
-    return gl.BlockedLayout([NH, QC], [4, 8], [1, 1], [1, 0])
+    return gl.BlockedLayout([NH, QC], [32 // LC, LC], [WARPS, 1], [1, 0])
 
 
 @gluon.jit
@@ -116,7 +110,7 @@ def _state_of(border, D5: gl.constexpr):
 
 
 @gluon.jit
-def _lanes(QC: gl.constexpr, NH: gl.constexpr, D5: gl.constexpr):
+def _lanes(QC: gl.constexpr, NH: gl.constexpr, NX: gl.constexpr, LC: gl.constexpr, D5: gl.constexpr):
     """The state and the channel (within the block) of the places of [1, QC, NH, NX, LC]."""
     D4: gl.constexpr = gl.SliceLayout(0, D5)
     q = gl.arange(0, QC, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, D4))))[:, None, None, None]
@@ -160,8 +154,8 @@ def _put_over_states(shared, first: gl.constexpr, sums):
 
     Of several steps at once: Triton puts a barrier between two stores into one piece of shared memory.
     """
-    x = gl.permute(sums, (0, 2, 3, 1))
-    shared.slice(first, x.shape[0], 0).store(gl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] * x.shape[3])))
+    rows = shared.slice(first, sums.shape[0], 0)
+    rows.store(gl.reshape(gl.permute(sums, (0, 2, 3, 1)), rows.shape))
 
 
 @gluon.jit
@@ -186,25 +180,33 @@ def scan_forward_kernel(
     B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, A_k, A_d, A_n, D_k, bias_k, paths_k, h_b, h_s, h_k, h_n, border_n,
     N: gl.constexpr, NP: gl.constexpr, T: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
     ALIGN: gl.constexpr, STATE_ALIGN: gl.constexpr, OFFSET: gl.constexpr, SOFTPLUS: gl.constexpr,
-    LOOP_PATHS: gl.constexpr,
+    LOOP_PATHS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """The scan; without ``y``, what each span does to the state: change [.., N, D] from zero, sum of steps [.., D]."""
-    NH: gl.constexpr = NP // NX
-    QC: gl.constexpr = BLOCK // LC
-    D5: gl.constexpr = _tile_layout(1, QC, NH)
-    E2: gl.constexpr = _channels_layout(T, QC)
-    S2: gl.constexpr = _states_layout(T, NP)
+    """The scan; without ``y``, what each span does to the state: change [.., N, D] from zero, sum of steps [.., D].
+
+    Several warps share out the states of a path: a lane then has few, and the multiprocessor more warps to choose from.
+    """
+    NUMBERS: gl.constexpr = NP * BLOCK // (32 * WARPS)  # of a lane
+    NH: gl.constexpr = min(NUMBERS, 4)
+    NX: gl.constexpr = NP // NH
+    QC: gl.constexpr = NUMBERS // NH
+    LC: gl.constexpr = BLOCK // QC
+    D5: gl.constexpr = _tile_layout(1, QC, NH, LC, WARPS)
+    E2: gl.constexpr = _rows_layout(T, BLOCK, WARPS)
+    S2: gl.constexpr = _rows_layout(T, NP, WARPS)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    H2: gl.constexpr = _border_layout(QC, NH)
+    H2: gl.constexpr = _border_layout(QC, NH, LC, WARPS)
     # Sums of so many steps are written at once.
-    SUMS: gl.constexpr = min(T, 4)
-    Y5: gl.constexpr = gl.SliceLayout(2, _tile_layout(SUMS, QC, NH))
+    SUMS: gl.constexpr = min(T, 32 // QC)
+    Y5: gl.constexpr = gl.SliceLayout(2, _tile_layout(SUMS, QC, NH, LC, WARPS))
     # Each in a piece of its own, as Triton puts a barrier between two stores into one.
     dt_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
     dtu_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
     b_rows = gl.allocate_shared_memory(gl.float32, [T, NX, NH], FLAT)
     c_rows = gl.allocate_shared_memory(gl.float32, [T, NX, NH], FLAT)
-    part = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
+    # Written by lanes along the channels of a step, read by lanes along steps and channels: neither meets in a bank.
+    MIXED: gl.constexpr = gl.SwizzledSharedLayout(BLOCK, 1, 32 // BLOCK, [1, 0])
+    part = gl.allocate_shared_memory(gl.float32, [T, NX * BLOCK], MIXED)
 
     blocks = (per_group + BLOCK - 1) // BLOCK
     image, span_index, k0, group, block = _locate(num_paths, groups, blocks, num_spans, LOOP_PATHS)
@@ -217,7 +219,7 @@ def scan_forward_kernel(
     n_ok = n < N
     step_e = gl.arange(0, T, gl.SliceLayout(1, E2))
     step_s = gl.arange(0, T, gl.SliceLayout(1, S2))
-    state, channel = _lanes(QC, NH, D5)
+    state, channel = _lanes(QC, NH, NX, LC, D5)
     nc_ok = (state < N) & (block * BLOCK + channel < per_group)
     state_at, h_ok = _border_places(group, block, per_group, border_n, N, NP, BLOCK, ALIGN, H2)
 
@@ -303,36 +305,24 @@ def scan_forward_kernel(
             _put(b_rows, bf)
             if y is not None:
                 _put(c_rows, cf)
-                if (saves != 0) & (t0 % CHUNK == 0):
-                    border = states + ((image * num_chunks + t0 // CHUNK) * num_paths + k) * N * border_n
-                    gl.store(border + state_at, _border_of(h, H2), mask=h_ok)
             else:
                 dt_sum += dt
-            # A step's numbers are read before the last one's sums are written, which they would otherwise wait for.
-            dt_next = _channels_of(dt_rows, 0, D5)
-            dtu_next = _channels_of(dtu_rows, 0, D5)
-            bs_next = _states_of(b_rows, 0, D5)
-            if y is not None:
-                cs_next = _states_of(c_rows, 0, D5)
             sums = gl.zeros([SUMS, QC, NX, LC], gl.float32, Y5)
             for r in gl.static_range(T):
-                decay = gl.exp2(dt_next * a2)
-                x = dtu_next * bs_next
                 if y is not None:
-                    c_r = cs_next
-                if r + 1 < T:
-                    dt_next = _channels_of(dt_rows, r + 1, D5)
-                    dtu_next = _channels_of(dtu_rows, r + 1, D5)
-                    bs_next = _states_of(b_rows, r + 1, D5)
-                    if y is not None:
-                        cs_next = _states_of(c_rows, r + 1, D5)
-                h = decay * h + x
+                    if r % CHUNK == 0:
+                        if (saves != 0) & (t0 + r < end) & ((t0 + r) % CHUNK == 0):
+                            border = states + ((image * num_chunks + (t0 + r) // CHUNK) * num_paths + k) * N * border_n
+                            gl.store(border + state_at, _border_of(h, H2), mask=h_ok)
+                x = _channels_of(dtu_rows, r, D5) * _states_of(b_rows, r, D5)
+                h = gl.exp2(_channels_of(dt_rows, r, D5) * a2) * h + x
                 if y is not None:
-                    sums = _with_sum(sums, r % SUMS, h * c_r, 2, Y5)
+                    sums = _with_sum(sums, r % SUMS, h * _states_of(c_rows, r, D5), 2, Y5)
                     if r % SUMS == SUMS - 1:
-                        _put_over_states(part, r - r % SUMS, sums)
+                        _put_over_states(part, r + 1 - SUMS, sums)
             if y is not None:
-                out = _add_lanes(part, NX, E2) + d[None, :] * uf
+                out = gl.sum(gl.reshape(part.load(E2), (T, NX, BLOCK)), axis=1)
+                out = gl.convert_layout(out, E2, assert_trivial=True) + d[None, :] * uf
                 if z is not None:
                     out = out * zf * _sigmoid(zf)
                 if LOOP_PATHS:
@@ -347,237 +337,6 @@ def scan_forward_kernel(
             at = ((image * num_spans + span_index) * num_paths + k) * border_n
             gl.store(total + at + c, gl.sum(dt_sum, axis=0), mask=c_ok)
             gl.store(change + at * N + state_at, _border_of(h, H2), mask=h_ok)
-
-
-@gluon.constexpr_function
-def _segments_layout(QC, NH, WARPS):
-    """[WARPS, QC, NH, NX, LC]: a segment a warp, in it the tile of one step."""
-    return gl.BlockedLayout([1, QC, NH, 1, 1], [1, 1, 1, 4, 8], [WARPS, 1, 1, 1, 1], [4, 3, 2, 1, 0])
-
-
-@gluon.constexpr_function
-def _tiles_layout(T, QC, NH, WARPS):
-    """[WARPS, T, QC, NH, NX, LC]: the same of all steps."""
-    return gl.BlockedLayout([1, T, QC, NH, 1, 1], [1, 1, 1, 1, 4, 8], [WARPS, 1, 1, 1, 1, 1], [5, 4, 3, 2, 1, 0])
-
-
-@gluon.constexpr_function
-def _segment_rows(T, columns, WARPS):
-    """[WARPS * T, columns] as in memory, the rows of a segment in its warp."""
-    return gl.BlockedLayout([1, T * columns // 32], [T, 32 // T], [WARPS, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def _side_by_side(T, columns, WARPS):
-    """[WARPS, T, NX x columns], a lane holding the same columns of all NX, and of its row."""
-    return gl.BlockedLayout([1, 1, T * columns // 32], [1, T, 32 // T], [WARPS, 1, 1], [2, 1, 0])
-
-
-@gluon.constexpr_function
-def _chains_layout(CHAINS, WARPS):
-    """[WARPS, states x channels], all of a chain in one lane of the program."""
-    return gl.BlockedLayout([WARPS, max(CHAINS // (32 * WARPS), 1)], [1, 32], [1, WARPS], [1, 0])
-
-
-@gluon.jit
-def _channels_of_segments(shared, step: gl.constexpr, D5: gl.constexpr):
-    """Step ``step`` of every segment in shared memory [WARPS, S, LC, QC] as [WARPS, QC, 1, 1, LC]."""
-    x = shared.slice(step, 1, 1).permute((0, 3, 1, 2)).load(gl.SliceLayout(3, D5))
-    return x[:, :, :, None, :]
-
-
-@gluon.jit
-def _states_of_segments(shared, step: gl.constexpr, D5: gl.constexpr):
-    """Step ``step`` of every segment in shared memory [WARPS, S, NX, NH] as [WARPS, 1, NH, NX, 1]."""
-    x = shared.slice(step, 1, 1).permute((0, 1, 3, 2)).load(gl.SliceLayout(4, D5))
-    return x[:, :, :, :, None]
-
-
-@gluon.jit
-def _put_chains(shared, x):
-    """[WARPS, QC, NH, NX, LC] into shared memory [WARPS, NX x QC x LC x NH]: the words of the lanes side by side."""
-    shared.store(gl.reshape(gl.permute(x, (0, 3, 1, 4, 2)), shared.shape))
-
-
-@_jit
-def scan_segments_kernel(
-    u, delta, A, B, C, D, z, bias, paths, initial, y, last_state, states,
-    length, num_paths, groups, per_group, saves,
-    u_b, u_l, u_k, delta_b, delta_l, delta_k, z_b, z_l, z_k, y_b, y_l, y_k,
-    B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, A_k, A_d, A_n, D_k, bias_k, paths_k, h_b, h_k, h_n, border_n,
-    N: gl.constexpr, NP: gl.constexpr, T: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
-    ALIGN: gl.constexpr, STATE_ALIGN: gl.constexpr, OFFSET: gl.constexpr, SOFTPLUS: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """The scan with several warps a program, each at a segment of T steps of its own: for few channels and images.
-
-    A warp walks its segment from a state of zero, and keeps the decays. All warps together then find the state with
-    which each segment starts, and a second walk adds what comes of that state: a product and a sum a state, where a
-    walk from the inputs would take the exponentials again.
-    """
-    NH: gl.constexpr = NP // NX
-    QC: gl.constexpr = BLOCK // LC
-    STEPS: gl.constexpr = T * WARPS
-    CHAINS: gl.constexpr = NP * BLOCK
-    D5: gl.constexpr = _segments_layout(QC, NH, WARPS)
-    E2: gl.constexpr = _segment_rows(T, BLOCK, WARPS)
-    S2: gl.constexpr = _segment_rows(T, NP, WARPS)
-    A2: gl.constexpr = _chains_layout(CHAINS, WARPS)
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    # Each in a piece of its own, as Triton puts a barrier between two stores into one.
-    dt_rows = gl.allocate_shared_memory(gl.float32, [WARPS, T, LC, QC], FLAT)
-    dtu_rows = gl.allocate_shared_memory(gl.float32, [WARPS, T, LC, QC], FLAT)
-    b_rows = gl.allocate_shared_memory(gl.float32, [WARPS, T, NX, NH], FLAT)
-    c_rows = gl.allocate_shared_memory(gl.float32, [WARPS, T, NX, NH], FLAT)
-    # Written by a lane of each state and channel, read by a lane of each step and channel: neither meets in a bank.
-    MIXED: gl.constexpr = gl.SwizzledSharedLayout(BLOCK, 1, 32 // BLOCK, [2, 1, 0])
-    part = gl.allocate_shared_memory(gl.float32, [WARPS, T, NX * BLOCK], MIXED)
-    decayed = gl.allocate_shared_memory(gl.float32, [WARPS, CHAINS], FLAT2)
-    changed = gl.allocate_shared_memory(gl.float32, [WARPS, CHAINS], FLAT2)
-    started = gl.allocate_shared_memory(gl.float32, [WARPS, CHAINS], FLAT2)
-
-    blocks = (per_group + BLOCK - 1) // BLOCK
-    image, _, k, group, block = _locate(num_paths, groups, blocks, 1, False)
-    dim = groups * per_group
-    first_c = group * per_group + block * BLOCK
-    inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, E2))
-    c = group * per_group + inside
-    c_ok = inside < per_group
-    n = gl.arange(0, NP, gl.SliceLayout(0, S2))
-    n_ok = n < N
-    step_e = gl.arange(0, STEPS, gl.SliceLayout(1, E2))
-    step_s = gl.arange(0, STEPS, gl.SliceLayout(1, S2))
-
-    num_chunks = (length + CHUNK - 1) // CHUNK
-    u_l = (u_l // ALIGN).to(OFFSET) * ALIGN
-    delta_l = (delta_l // ALIGN).to(OFFSET) * ALIGN
-    z_l = (z_l // ALIGN).to(OFFSET) * ALIGN
-    y_l = (y_l // ALIGN).to(OFFSET) * ALIGN
-    B_l = (B_l // STATE_ALIGN).to(OFFSET) * STATE_ALIGN
-    C_l = (C_l // STATE_ALIGN).to(OFFSET) * STATE_ALIGN
-    k_wide = gl.cast(k, gl.int64)
-    u_rows = u + gl.multiple_of(image * u_b + k_wide * u_k, ALIGN)
-    delta_rows = delta + gl.multiple_of(image * delta_b + k_wide * delta_k, ALIGN)
-    y_rows = y + gl.multiple_of(image * y_b + k_wide * y_k, ALIGN)
-    B_rows = B + gl.multiple_of(image * B_b + k_wide * B_k + group.to(gl.int64) * B_g, STATE_ALIGN)
-    C_rows = C + gl.multiple_of(image * C_b + k_wide * C_k + group.to(gl.int64) * C_g, STATE_ALIGN)
-    if z is not None:
-        z_rows = z + gl.multiple_of(image * z_b + k_wide * z_k, ALIGN)
-    path = paths + k_wide * paths_k
-
-    N1: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, D5))))
-    first = (gl.arange(0, NH, N1) == 0)[None, None, :, None, None]
-    T5: gl.constexpr = gl.SliceLayout(3, _tiles_layout(T, QC, NH, WARPS))  # [WARPS, T, QC, NX, LC]
-    T1: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, T5))))
-    index = gl.arange(0, T, T1)[None, :, None, None, None]
-
-    state, channel = _lanes(QC, NH, D5)
-    a_at = k_wide * A_k + (first_c + channel).to(gl.int64) * A_d + state.to(gl.int64) * A_n
-    a_ok = (state < N) & (block * BLOCK + channel < per_group)
-    a2 = gl.load(A + a_at, mask=a_ok, other=0.0).to(gl.float32) * LOG2E
-    d = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(0, E2))
-    if D is not None:
-        d = gl.load(D + k_wide * D_k + c, mask=c_ok, other=0.0).to(gl.float32)
-    shift = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(0, E2))
-    if bias is not None:
-        shift = gl.load(bias + k_wide * bias_k + c, mask=c_ok, other=0.0).to(gl.float32)
-
-    # The carried state, in the order of ``_put_chains``: a number in one lane of the program.
-    chain = gl.arange(0, CHAINS, gl.SliceLayout(0, A2))[None, :]
-    h_state = chain // (BLOCK * NH) * NH + chain % NH
-    h_channel = chain // NH % LC * QC + chain // (NH * LC) % QC
-    segment = gl.arange(0, WARPS, gl.SliceLayout(1, A2))[:, None]
-    h_ok = (h_state < N) & (block * BLOCK + h_channel < per_group)
-    state_at = h_state.to(gl.int64) * border_n + (first_c + h_channel)
-    h = gl.zeros([1, CHAINS], gl.float32, A2)
-    if initial is not None:
-        h_at = image * h_b + k_wide * h_k
-        h = gl.load(initial + h_at + h_state.to(gl.int64) * h_n + (first_c + h_channel), mask=h_ok, other=0.0)
-        h = h.to(gl.float32)
-
-    # One tile ahead in the rows, two in the path: no load waits for another one.
-    token_e = _ahead(path, step_e, length)
-    token_s = _ahead(path, step_s, length)
-    delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
-    u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
-    b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
-    c_next = _load_rows(C_rows, token_s, length, C_l, n, n_ok)
-    if z is not None:
-        z_next = _load_rows(z_rows, token_e, length, z_l, c, c_ok)
-    token_e_next = _ahead(path, STEPS + step_e, length)
-    token_s_next = _ahead(path, STEPS + step_s, length)
-    for t0 in range(0, length, STEPS):
-        token = token_e
-        dt = delta_next.to(gl.float32) + shift[None, :]
-        u_tile = u_next
-        if z is not None:
-            z_tile = z_next
-        if SOFTPLUS:
-            dt = _softplus(dt, delta.dtype.element_ty.primitive_bitwidth)
-        dt = gl.where((t0 + step_e < length)[:, None], dt, 0.0)
-        _put(dt_rows, dt)
-        _put(dtu_rows, dt * u_tile.to(gl.float32))
-        _put(b_rows, b_next.to(gl.float32))
-        _put(c_rows, c_next.to(gl.float32))
-        token_e = token_e_next
-        token_s = token_s_next
-        delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
-        u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
-        b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
-        c_next = _load_rows(C_rows, token_s, length, C_l, n, n_ok)
-        if z is not None:
-            z_next = _load_rows(z_rows, token_e, length, z_l, c, c_ok)
-        token_e_next = _ahead(path, t0 + 2 * STEPS + step_e, length)
-        token_s_next = _ahead(path, t0 + 2 * STEPS + step_s, length)
-
-        change = gl.zeros([WARPS, QC, NH, NX, LC], gl.float32, D5)
-        time = gl.zeros([WARPS, QC, 1, 1, LC], gl.float32, D5)
-        decays = ()
-        outs = ()
-        for r in gl.static_range(T):
-            dt_r = _channels_of_segments(dt_rows, r, D5)
-            decay = gl.exp2(dt_r * a2)
-            x = _channels_of_segments(dtu_rows, r, D5) * _states_of_segments(b_rows, r, D5)
-            change = decay * change + x
-            time += dt_r
-            decays = decays + (decay,)
-            outs = outs + (gl.sum(change * _states_of_segments(c_rows, r, D5), axis=2, keep_dims=True),)
-        _put_chains(decayed, gl.exp2(time * a2))
-        _put_chains(changed, change)
-
-        # The state before each segment. One store, and one of all the steps below: Triton puts a barrier between two.
-        decay = decayed.load(A2)
-        change = changed.load(A2)
-        before = change
-        for s in gl.static_range(WARPS):
-            before = gl.where(segment == s, h, before)
-            h = _step(decay, segment, s) * h + _step(change, segment, s)
-        started.store(before)
-        if saves != 0:
-            t = t0 + segment * T
-            border = ((image * num_chunks + t // CHUNK) * num_paths + k) * N * border_n + state_at
-            gl.store(states + border, before, mask=h_ok & (t < length) & (segment * T % CHUNK == 0))
-
-        late = started.reshape((WARPS, NX, QC, LC, NH)).permute((0, 2, 4, 1, 3)).load(D5)
-        out = gl.zeros([WARPS, T, QC, NX, LC], gl.float32, T5)
-        for r in gl.static_range(T):
-            late = late * decays[r]
-            x = late * _states_of_segments(c_rows, r, D5)
-            out_r = gl.sum(gl.where(first, x + outs[r], x), axis=2)  # on top of what the first walk found
-            out_r = gl.convert_layout(out_r, gl.SliceLayout(1, T5), assert_trivial=True)
-            out = gl.where(index == r, out_r[:, None, :, :, :], out)
-        part.store(gl.reshape(gl.permute(out, (0, 1, 3, 4, 2)), (WARPS, T, NX * BLOCK)))
-        out = part.load(_side_by_side(T, BLOCK, WARPS))
-        out = gl.sum(gl.reshape(out, (WARPS, T, NX, BLOCK)), axis=2)
-        out = gl.convert_layout(gl.reshape(out, (STEPS, BLOCK)), E2, assert_trivial=True)
-        out += d[None, :] * u_tile.to(gl.float32)
-        if z is not None:
-            zf = z_tile.to(gl.float32)
-            out = out * zf * _sigmoid(zf)
-        _store_rows(y_rows, token, length, y_l, c, c_ok, out)
-
-    last = (image * num_paths + k) * N * dim + (first_c + h_channel).to(gl.int64) * N + h_state
-    gl.store(last_state + last, h, mask=h_ok)
 
 
 @gluon.jit
@@ -604,8 +363,8 @@ def scan_backward_kernel(
     NH: gl.constexpr = NP // NX
     QC: gl.constexpr = BLOCK // LC
     D5: gl.constexpr = _tile_layout(1, QC, NH)
-    E2: gl.constexpr = _channels_layout(T, QC)
-    S2: gl.constexpr = _states_layout(T, NP)
+    E2: gl.constexpr = _rows_layout(T, BLOCK)
+    S2: gl.constexpr = _rows_layout(T, NP)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     HALF: gl.constexpr = T // 2
     CHUNK: gl.constexpr = T * TILES
@@ -640,7 +399,7 @@ def scan_backward_kernel(
     n_ok = n < N
     step_e = gl.arange(0, T, gl.SliceLayout(1, E2))
     step_s = gl.arange(0, T, gl.SliceLayout(1, S2))
-    state, channel = _lanes(QC, NH, D5)
+    state, channel = _lanes(QC, NH, NX, LC, D5)
     nc_ok = (state < N) & (block * BLOCK + channel < per_group)
     state_at, h_ok = _border_places(group, block, per_group, border_n, N, NP, BLOCK, ALIGN, H2)
     index = gl.arange(0, HALF, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, H5)))))
@@ -907,8 +666,8 @@ def span_backward_kernel(
     NH: gl.constexpr = NP // NX
     QC: gl.constexpr = BLOCK // LC
     D5: gl.constexpr = _tile_layout(1, QC, NH)
-    E2: gl.constexpr = _channels_layout(T, QC)
-    S2: gl.constexpr = _states_layout(T, NP)
+    E2: gl.constexpr = _rows_layout(T, BLOCK)
+    S2: gl.constexpr = _rows_layout(T, NP)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     dt_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
     dout_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
@@ -924,7 +683,7 @@ def span_backward_kernel(
     n_ok = n < N
     step_e = gl.arange(0, T, gl.SliceLayout(1, E2))
     step_s = gl.arange(0, T, gl.SliceLayout(1, S2))
-    state, channel = _lanes(QC, NH, D5)
+    state, channel = _lanes(QC, NH, NX, LC, D5)
     nc_ok = (state < N) & (block * BLOCK + channel < per_group)
 
     start = span_index * span

@@ -660,9 +660,8 @@ class _Config(NamedTuple):
 
 MAX_STATES = 256  # of a channel: eight warps then hold one step of them
 _REGISTERS = 168  # a thread: twelve warps then fit on a multiprocessor of 65536
-_MOST_WAVES = 1.4  # beyond it, walking spans twice on a full device is no slower
 _SPAN_STEPS = 64  # shorter spans cost more in launches than they gain
-_ONE_WALK = 1536  # up to as many steps, one launch beats the three of spans on a device that it does not fill
+_ONE_WALK = 640  # up to as many steps, one launch of the Gluon kernel beats the three of spans
 
 
 def _forward_config(num_states: int, fills: bool = True) -> _Config:
@@ -696,33 +695,17 @@ def _backward_config(num_states: int) -> _Config:
 def _gluon_forward_config(num_states: int, device: torch.device, programs: int, length: int) -> _Config:
     """By how many ``programs`` of 32 channels there are. Enough of them: one warp each, with tiles of 8 steps.
 
-    Too few, or a path too short for as many spans as would fill the device: 16 channels a program. They are half as
-    many numbers for a lane, and more instructions for each. Fewer still: the kernel of several warps a program.
+    Too few: four warps share out the states of a path. They take a tenth more instructions, but a device of 132
+    multiprocessors is full with a quarter of the programs; 16 channels a program, which take another tenth more, for
+    fewer still, unless spans of a long path make up for the missing programs.
     """
-    config = _Config(triton.next_power_of_2(num_states), 8, 1, resident=12, gluon=True)
-    wanted = _wanted_programs(device, config)
-    if 0 < programs <= wanted // 4:
-        # Of equal ones the first: two warps have fewer segments to link (5 % on an H100 in 32 x 1025 steps).
-        shared = [_segments_config(num_states, block, warps) for block, warps in ((16, 2), (16, 4), (8, 4))]
-        shared = min(shared, key=lambda config: _waves(config, device, programs))
-        if length >= 2 * _SPAN_STEPS and (length <= _ONE_WALK or _waves(shared, device, programs) <= _MOST_WAVES):
-            return shared
-    most_spans = max(min(length // _SPAN_STEPS, math.isqrt(length)), 1)
-    if wanted // 6 <= programs < wanted // 2 or programs * most_spans < wanted:
-        config = config._replace(block=16, resident=16)
-    return config
-
-
-def _segments_config(num_states: int, block: int, warps: int) -> _Config:
-    """Several warps a program, each at so many steps that a lane holds 64 decays of 16 states."""
-    states = triton.next_power_of_2(num_states)
-    return _Config(states, 128 // block, warps, registers=_REGISTERS, resident=12, gluon=True, block=block)
-
-
-def _waves(config: _Config, device: torch.device, programs: int) -> float:
-    """The time of this many ``programs`` of 32 channels, cut into such blocks, over that of a full device."""
-    share = programs * 32 / config.block / _wanted_programs(device, config)
-    return math.ceil(share) / share * (1.1 if config.block < 16 else 1.0)  # of few channels, more instructions each
+    single = _Config(triton.next_power_of_2(num_states), 8, 1, resident=12, gluon=True)
+    wanted = _wanted_programs(device, single)
+    if 8 * programs >= 7 * wanted:
+        return single
+    if programs < wanted // 6 and (length <= _ONE_WALK or programs >= wanted // 18):
+        return single._replace(steps=32, warps=4, block=16)
+    return single._replace(steps=16, warps=4, resident=20)
 
 
 def _gluon_backward_config(num_states: int) -> _Config:
@@ -898,11 +881,10 @@ def selective_scan_forward(
         if _wanted_programs(u.device, shared) <= programs < _wanted_programs(u.device, config) // 2:
             config = shared
             sum_over_paths = False  # programs are few enough already
+    least_spans = length + 1 if config.gluon and length <= _ONE_WALK else 3
     plan = _plan(
-        batch, length, num_paths, x.blocks(config), num_states, u.device, config, sum_over_paths, least_spans=3
+        batch, length, num_paths, x.blocks(config), num_states, u.device, config, sum_over_paths, least_spans
     )  # fmt: skip
-    if config.gluon and config.warps > 1:  # these share out the path themselves
-        plan = _Plan(False, length, 1, batch * num_paths * x.blocks(config))
     initial = _state_rows(initial_state)
     last_state = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
     states = new_states(delta, num_states, save_states)
@@ -939,7 +921,7 @@ def _kernels(config: _Config) -> _Kernels:
     from . import scan_gluon  # only here: older Triton has no Gluon
 
     return _Kernels(
-        scan_gluon.scan_segments_kernel if config.warps > 1 else scan_gluon.scan_forward_kernel,
+        scan_gluon.scan_forward_kernel,
         scan_gluon.scan_forward_kernel,
         scan_gluon.scan_backward_kernel,
         scan_gluon.span_backward_kernel,
