@@ -376,7 +376,8 @@ def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
     if kernels._uses_gluon(states, torch.device("meta")):
         if direction == "forward":
             programs = row[0] * row[4] * triton.cdiv(row[1], 32)
-            with mock.patch.object(kernels, "_wanted_programs", lambda device, config: sms * config.resident):
+            wanted = lambda device, config: sms * config.resident // config.warps  # noqa: E731
+            with mock.patch.object(kernels, "_wanted_programs", wanted):
                 default = kernels._gluon_forward_config(states, torch.device("meta"), programs, row[2])
             shapes = (32, 1, 8), (32, 1, 4), (16, 1, 8), (16, 1, 16), (32, 2, 8), (32, 4, 16), (16, 2, 16), (16, 4, 32)
             found = [default._replace(block=block, warps=warps, steps=steps) for block, warps, steps in shapes]
