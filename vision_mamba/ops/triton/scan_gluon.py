@@ -1,15 +1,17 @@
 """The selective scan for NVIDIA GPUs in Gluon, Triton's lower level, where the layout of every tile is ours to choose.
 
-Arguments and mathematics are those of the portable kernels in ``selective_scan.py``. One warp walks one path of one
-image for a block of channels. Its lanes stand in a rectangle, 8 along the channels and 4 along the states, so a lane
-has N / 4 states of 4 channels (of 2, in a block of 16). Sums over states and sums over channels then both start inside
-a lane, and the lanes exchange through shared memory a quarter of a tile where they would exchange all of it. A warp
-alone needs no barriers between warps, at which the portable backward pass spends most of its time. Only
-``scan_segments_kernel`` has several warps a program, for shapes that are too few such programs.
+Arguments and mathematics are those of the portable kernels in ``selective_scan.py``. A program walks one path of one
+image for a block of channels. A warp's lanes stand in a rectangle, NX along the states and LC along the channels, so
+that sums over states and sums over channels both start inside a lane, and the lanes exchange through shared memory a
+quarter of a tile where they would exchange all of it.
 
-Axes of a tile: T steps, QC channels of a lane, NH states of a lane, NX = 4 lanes along the states, LC = 8 along the
-channels. Channel ``lane * QC + q`` of the block, state ``lane * NH + nh``: both contiguous in a lane, so that shared
-memory is read in wide words.
+The backward pass has one warp a program, 8 lanes along the channels, 4 along the states, and needs no barriers between
+warps, at which the portable one spends most of its time. The forward pass has no sums over channels: where one warp a
+program leaves the device half empty, four warps share out the states, each lane with one channel and a few of them.
+
+Axes of a tile: T steps, QC channels of a lane, NH states of a lane, NX lanes (of all warps) along the states, LC lanes
+along the channels. Channel ``lane * QC + q`` of the block, state ``lane * NH + nh``: both contiguous in a lane, so that
+shared memory is read in wide words.
 """
 
 from __future__ import annotations
@@ -20,8 +22,6 @@ from triton.experimental.gluon import language as gl
 from . import runtime
 
 LOG2E = gl.constexpr(runtime.LOG2E.value)
-NX = gl.constexpr(4)
-LC = gl.constexpr(8)
 
 _sigmoid = gluon.jit(runtime.sigmoid.fn)
 _log1p_below_one = gluon.jit(runtime.log1p_below_one.fn)
@@ -58,13 +58,13 @@ def _store_rows(base, token, length, stride, column, column_ok, value):
 
 
 @gluon.constexpr_function
-def _tile_layout(T, QC, NH, LC=8, WARPS=1):
+def _tile_layout(T, QC, NH, LC, WARPS):
     """[T, QC, NH, NX, LC], the warps along the states."""
     return gl.BlockedLayout([T, QC, NH, 1, 1], [1, 1, 1, 32 // LC, LC], [1, 1, 1, WARPS, 1], [4, 3, 2, 1, 0])
 
 
 @gluon.constexpr_function
-def _rows_layout(T, columns, WARPS=1):
+def _rows_layout(T, columns, WARPS):
     """[T, columns] as in memory, wide words; of more columns, a lane holds the same of each ``columns``."""
     words = min(T * columns // (32 * WARPS), 4)
     return gl.BlockedLayout([1, words], [32 * words // columns, columns // words], [WARPS, 1], [1, 0])
@@ -77,7 +77,7 @@ def _stacked(layout, count):
 
 
 @gluon.constexpr_function
-def _border_layout(QC, NH, LC=8, WARPS=1):
+def _border_layout(QC, NH, LC, WARPS):
     """[states, channels] as in memory, in which a lane has the numbers that it has of the state in a walk."""
     return gl.BlockedLayout([NH, QC], [32 // LC, LC], [WARPS, 1], [1, 0])
 
@@ -103,7 +103,7 @@ def _border_of(h, layout: gl.constexpr):
 
 
 @gluon.jit
-def _state_of(border, D5: gl.constexpr):
+def _state_of(border, NX: gl.constexpr, LC: gl.constexpr, D5: gl.constexpr):
     """[states, channels] as [1, QC, NH, NX, LC]."""
     x = gl.reshape(border, (1, NX, border.shape[0] // NX, LC, border.shape[1] // LC))
     return gl.convert_layout(gl.permute(x, (0, 4, 2, 1, 3)), D5, assert_trivial=True)
@@ -360,18 +360,20 @@ def scan_backward_kernel(
     LOOP_PATHS: gl.constexpr, ADD_DU: gl.constexpr, ADD_DZ: gl.constexpr,
 ):  # fmt: skip
     """Chunks of TILES tiles from the last to the first; a chunk's states are found again from its border."""
+    NX: gl.constexpr = 4
+    LC: gl.constexpr = 8
     NH: gl.constexpr = NP // NX
     QC: gl.constexpr = BLOCK // LC
-    D5: gl.constexpr = _tile_layout(1, QC, NH)
-    E2: gl.constexpr = _rows_layout(T, BLOCK)
-    S2: gl.constexpr = _rows_layout(T, NP)
+    D5: gl.constexpr = _tile_layout(1, QC, NH, LC, 1)
+    E2: gl.constexpr = _rows_layout(T, BLOCK, 1)
+    S2: gl.constexpr = _rows_layout(T, NP, 1)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     HALF: gl.constexpr = T // 2
     CHUNK: gl.constexpr = T * TILES
-    H5: gl.constexpr = _tile_layout(HALF, QC, NH)
+    H5: gl.constexpr = _tile_layout(HALF, QC, NH, LC, 1)
     Y5: gl.constexpr = gl.SliceLayout(2, H5)
     C5: gl.constexpr = gl.SliceLayout(1, H5)
-    H2: gl.constexpr = _border_layout(QC, NH)
+    H2: gl.constexpr = _border_layout(QC, NH, LC, 1)
     FLAT5: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
     # Lanes that stand along the channels write 16 bytes each, to different banks.
     MIXED: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0])
@@ -472,7 +474,7 @@ def scan_backward_kernel(
             tiles = gl.minimum((end - t_chunk + T - 1) // T, TILES)
 
             # The states before each half tile.
-            h = _state_of(border_next, D5)
+            h = _state_of(border_next, NX, LC, D5)
             borders.index(0).store(gl.permute(h, (0, 1, 3, 4, 2)))
             for s in range(tiles - 1):
                 if s > 0:
@@ -663,11 +665,13 @@ def span_backward_kernel(
     ALIGN: gl.constexpr, STATE_ALIGN: gl.constexpr, OFFSET: gl.constexpr, SOFTPLUS: gl.constexpr,
 ):  # fmt: skip
     """What a span does to the gradient of the state, which runs from the last step to the first."""
+    NX: gl.constexpr = 4
+    LC: gl.constexpr = 8
     NH: gl.constexpr = NP // NX
     QC: gl.constexpr = BLOCK // LC
-    D5: gl.constexpr = _tile_layout(1, QC, NH)
-    E2: gl.constexpr = _rows_layout(T, BLOCK)
-    S2: gl.constexpr = _rows_layout(T, NP)
+    D5: gl.constexpr = _tile_layout(1, QC, NH, LC, 1)
+    E2: gl.constexpr = _rows_layout(T, BLOCK, 1)
+    S2: gl.constexpr = _rows_layout(T, NP, 1)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     dt_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
     dout_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)

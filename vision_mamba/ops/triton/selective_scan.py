@@ -876,6 +876,7 @@ def selective_scan_forward(
     programs = batch * num_paths * x.blocks(config)
     if _uses_gluon(num_states, u.device):
         config = _gluon_forward_config(num_states, u.device, programs, length)
+        sum_over_paths &= config.warps == 1  # the rows of one path are read by other warps than wrote them
     else:
         shared = _forward_config(num_states, fills=False)
         if _wanted_programs(u.device, shared) <= programs < _wanted_programs(u.device, config) // 2:
