@@ -61,8 +61,8 @@ MEASURED = """\
 
 The last runs of these programs on each device; of their rows at the model's input size the fastest batch and mode, with
 bfloat16 autocast on a GPU (mostly the eager kernels as one CUDA graph: the device's time without Python's), in float32
-on a CPU. Inference in `vim-h100.json`, `vim_small-h100.json`, `vmamba_small-h100.json`, `vmamba_base-h100.json`
-and `samba-h100.json` is of the model that `timm.utils.reparameterize_model` gives.
+on a CPU. Inference in `vim-h100.json`, `vim-h200.json`, `vim_small-h100.json`, `vmamba_small-h100.json`,
+`vmamba_base-h100.json` and `samba-h100.json` is of the model that `timm.utils.reparameterize_model` gives.
 [benchmarks/README.md](benchmarks/README.md) has the peers beside them.
 """
 

@@ -311,7 +311,7 @@ def test_warps_and_spans_where_programs_are_few(monkeypatch):
         (128, 197), (96, 197), (32, 785), (16, 2048), (8, 6085), (4, 6085), (1, 65536), (1, 785), (1, 577), (1, 197),
     ):  # fmt: skip
         config = module._gluon_forward_config(16, torch.device("cuda"), batch * 384 // 32, length)
-        least = length + 1 if length <= module._ONE_WALK else 3
+        least = module._least_forward_spans(config, length)
         plan = module._plan(batch, length, 1, 384 // config.block, 16, None, config, False, least)
         chosen[batch, length] = config.warps, config.block, plan.num_spans
     assert chosen == {

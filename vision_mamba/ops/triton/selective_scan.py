@@ -695,9 +695,9 @@ def _backward_config(num_states: int) -> _Config:
 def _gluon_forward_config(num_states: int, device: torch.device, programs: int, length: int) -> _Config:
     """By how many ``programs`` of 32 channels there are. Enough of them: one warp each, with tiles of 8 steps.
 
-    Too few: four warps share out the states of a path. They take a tenth more instructions, but a device of 132
-    multiprocessors is full with a quarter of the programs; 16 channels a program, which take another tenth more, for
-    fewer still, unless spans of a long path make up for the missing programs.
+    Too few: four warps share out the states of a path. They take an eighth more instructions, but fill the device with
+    a quarter of the programs. Fewer still: 16 channels a program, which take another fifth more, unless spans of a long
+    path make up for the missing programs.
     """
     single = _Config(triton.next_power_of_2(num_states), 8, 1, resident=12, gluon=True)
     wanted = _wanted_programs(device, single)
@@ -706,6 +706,11 @@ def _gluon_forward_config(num_states: int, device: torch.device, programs: int, 
     if programs < wanted // 6 and (length <= _ONE_WALK or programs >= wanted // 18):
         return single._replace(steps=32, warps=4, block=16)
     return single._replace(steps=16, warps=4, resident=20)
+
+
+def _least_forward_spans(config: _Config, length: int) -> int:
+    """Fewer are not worth their two more launches and second walk."""
+    return length + 1 if config.gluon and length <= _ONE_WALK else 3
 
 
 def _gluon_backward_config(num_states: int) -> _Config:
@@ -882,9 +887,9 @@ def selective_scan_forward(
         if _wanted_programs(u.device, shared) <= programs < _wanted_programs(u.device, config) // 2:
             config = shared
             sum_over_paths = False  # programs are few enough already
-    least_spans = length + 1 if config.gluon and length <= _ONE_WALK else 3
     plan = _plan(
-        batch, length, num_paths, x.blocks(config), num_states, u.device, config, sum_over_paths, least_spans
+        batch, length, num_paths, x.blocks(config), num_states, u.device, config, sum_over_paths,
+        _least_forward_spans(config, length),
     )  # fmt: skip
     initial = _state_rows(initial_state)
     last_state = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
