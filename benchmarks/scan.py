@@ -301,6 +301,11 @@ class _NoDevice:
         return 0
 
 
+def _wanted_programs(sms: int):
+    """``kernels._wanted_programs`` of a device of so many multiprocessors."""
+    return lambda device, config: sms * config.resident // config.warps
+
+
 @contextlib.contextmanager
 def configured(direction: str, config, sms: int | None = None):
     """The operator with this launch configuration in one direction, on a device of ``sms`` multiprocessors."""
@@ -310,7 +315,7 @@ def configured(direction: str, config, sms: int | None = None):
     if not config.gluon:
         patches["_uses_gluon"] = lambda num_states, device: False
     if sms is not None:
-        patches["_wanted_programs"] = lambda device, config: sms * config.resident // config.warps
+        patches["_wanted_programs"] = _wanted_programs(sms)
     with mock.patch.multiple(kernels, **patches):
         yield
 
@@ -376,12 +381,11 @@ def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
     if kernels._uses_gluon(states, torch.device("meta")):
         if direction == "forward":
             programs = row[0] * row[4] * triton.cdiv(row[1], 32)
-            wanted = lambda device, config: sms * config.resident // config.warps  # noqa: E731
-            with mock.patch.object(kernels, "_wanted_programs", wanted):
+            with mock.patch.object(kernels, "_wanted_programs", _wanted_programs(sms)):
                 default = kernels._gluon_forward_config(states, torch.device("meta"), programs, row[2])
             shapes = (32, 1, 8), (32, 1, 4), (16, 1, 8), (16, 1, 16), (32, 2, 8), (32, 4, 16), (16, 2, 16), (16, 4, 32)
-            found = [default._replace(block=block, warps=warps, steps=steps) for block, warps, steps in shapes]
-            found.insert(0, default)
+            others = (default._replace(block=block, warps=warps, steps=steps) for block, warps, steps in shapes)
+            found = [default, *others]
         else:
             default = kernels._gluon_backward_config(states)
             found = [default, *(default._replace(registers=registers) for registers in (224, 168))]

@@ -53,11 +53,10 @@ def _language() -> dict:
         # Looked up at each call: the interpreter replaces Triton's functions when a kernel starts.
         return lambda *given, **named: getattr(tl, name)(*given, **named)
 
-    names = "abs cast exp2 join load maximum minimum multiple_of permute reshape rsqrt store sum where".split()
+    names = "abs cast exp2 load maximum minimum multiple_of permute reshape rsqrt store sum where".split()
     return {name: unchanged(name) for name in names} | {
         "constexpr": tl.constexpr,
         "float32": tl.float32,
-        "int32": tl.int32,
         "int64": tl.int64,
         "uint32": tl.uint32,
         "static_range": lambda *bounds: range(*_plain(bounds)),

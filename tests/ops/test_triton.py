@@ -117,16 +117,34 @@ def assert_near(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor
     assert errors[worst] <= tolerance, f"{worst}: relative error {errors[worst]:.2e} of {errors}"
 
 
+def as_if_programs_fill_the_device(module, programs: int, monkeypatch) -> None:
+    """So many: where there are fewer, paths are cut into spans, however short."""
+    monkeypatch.setattr(module, "_wanted_programs", lambda *_: programs)
+    monkeypatch.setattr(module, "_SPAN_STEPS", 1)
+    monkeypatch.setattr(module, "_ONE_WALK", 0)
+
+
 def check_scan(case: Case, monkeypatch) -> None:
     from vision_mamba.ops.triton import selective_scan as module
 
     if case.programs is not None:
-        monkeypatch.setattr(module, "_wanted_programs", lambda *_: case.programs)
-        monkeypatch.setattr(module, "_SPAN_STEPS", 1)
-        monkeypatch.setattr(module, "_ONE_WALK", 0)
+        as_if_programs_fill_the_device(module, case.programs, monkeypatch)
     given = inputs(case, DEVICE)
     reference = results(case, given, "reference")
     assert_near(results(case, given, "triton"), reference, TOLERANCE[case.dtype])
+
+
+def record_launches(module, monkeypatch) -> list[tuple[str, dict, int]]:
+    """Name, arguments and warps of the kernels that are launched from now on."""
+    launched = []
+    launch = module.launch
+
+    def record(kernel, grid, arguments, warps, *options):
+        launched.append((kernel.__name__, arguments, warps))
+        launch(kernel, grid, arguments, warps, *options)
+
+    monkeypatch.setattr(module, "launch", record)
+    return launched
 
 
 SMALL = [
@@ -211,11 +229,9 @@ def test_gluon_scan_agrees_with_the_reference(case, block, monkeypatch):
         pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
     config = module._gluon_forward_config(case.num_states, torch.device("meta"), 10**6, case.length)
     monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config._replace(block=block))
-    launched = []
-    launch = module.launch
-    monkeypatch.setattr(module, "launch", lambda *given: (launched.append(given[0].__name__), launch(*given)))
+    launched = record_launches(module, monkeypatch)
     check_scan(case, monkeypatch)
-    assert {"scan_forward_kernel", "scan_backward_kernel"} <= set(launched)
+    assert {"scan_forward_kernel", "scan_backward_kernel"} <= {name for name, *_ in launched}
 
 
 # Of several warps a program, over one tile and more, of 16 and 32 steps: channels a program.
@@ -251,13 +267,12 @@ def test_gluon_scan_by_several_warps_agrees_with_the_reference(case, block, monk
         pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
     config = shared_config(module, case.num_states, block)
     monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config)
-    launched = {}
-    launch = module.launch
-    monkeypatch.setattr(module, "launch", lambda *given: (launched.update({given[0].__name__: given}), launch(*given)))
+    launched = record_launches(module, monkeypatch)
     check_scan(case, monkeypatch)
-    assert "scan_backward_kernel" in launched
-    _, _, arguments, warps, _ = launched["scan_forward_kernel"]
-    assert warps == 4 and not arguments["LOOP_PATHS"], "paths are looped over by one warp: no barrier is between them"
+    assert {"scan_forward_kernel", "scan_backward_kernel"} <= {name for name, *_ in launched}
+    for name, arguments, warps in launched:
+        if name == "scan_forward_kernel":
+            assert warps == 4 and not arguments["LOOP_PATHS"], "one warp loops over paths: no barrier is between them"
 
 
 @kernels
@@ -278,9 +293,7 @@ def test_y_over_the_step_sizes(kernel, monkeypatch):
             config = shared_config(module, states, 16)
         monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config)
     if kernel == "spans":
-        monkeypatch.setattr(module, "_wanted_programs", lambda *_: 60)
-        monkeypatch.setattr(module, "_SPAN_STEPS", 1)
-        monkeypatch.setattr(module, "_ONE_WALK", 0)
+        as_if_programs_fill_the_device(module, 60, monkeypatch)
 
     def run(given, **options):
         given = given | {"delta": given["delta"].clone()}
@@ -325,6 +338,7 @@ COMPILE = """
 import json
 import torch
 from benchmarks import scan
+from tests.ops.test_triton import shared_config
 from vision_mamba.ops.triton import selective_scan as module
 
 for kernel, states in (
@@ -335,8 +349,7 @@ for kernel, states in (
     if kernel == "backward":
         config = module._gluon_backward_config(states)
     elif kernel != "forward":
-        block = int(kernel.split()[1])
-        config = config._replace(block=block, steps=512 // block, warps=4)
+        config = shared_config(module, states, int(kernel.split()[1]))
     direction = "backward" if kernel == "backward" else "forward"
     used = scan.compile_candidate((2, 64, 197, states, 1), "bfloat16", direction, config, *scan.H100)
     print("compiled", json.dumps([kernel, states, used["stack"], used["barriers"]]))
@@ -384,17 +397,13 @@ def test_portable_scan_agrees_with_the_reference_on_a_gpu(states, monkeypatch):
 def test_scan_with_more_warps_where_the_batch_does_not_fill_the_device(monkeypatch):
     from vision_mamba.ops.triton import selective_scan as module
 
-    launched = []
-    launch = module.launch
+    launched = record_launches(module, monkeypatch)
     more = module._forward_config(32, fills=False)
     monkeypatch.setattr(module, "_wanted_programs", lambda device, config: 1 if config == more else 100)
-    monkeypatch.setattr(
-        module, "launch", lambda *given: (launched.append((given[0].__name__, given[3])), launch(*given))
-    )
     case = Case(37, num_states=32, merge="sum")
     given = inputs(case, DEVICE)
     assert_near(results(case, given, "triton"), results(case, given, "reference"), TOLERANCE[case.dtype])
-    assert ("_scan_forward_kernel", more.warps) in launched
+    assert ("_scan_forward_kernel", more.warps) in [(name, warps) for name, _, warps in launched]
 
 
 @kernels
@@ -402,8 +411,7 @@ def test_scan_with_more_warps_where_the_batch_does_not_fill_the_device(monkeypat
 def test_backward_twice_gives_equal_bits(programs, monkeypatch):
     from vision_mamba.ops.triton import selective_scan as module
 
-    monkeypatch.setattr(module, "_wanted_programs", lambda *_: programs)
-    monkeypatch.setattr(module, "_SPAN_STEPS", 1)
+    as_if_programs_fill_the_device(module, programs, monkeypatch)
     case = Case(500, 96, 16, 4, batch=4, merge="sum") if CUDA else Case(33, num_states=4, merge="sum")
     given = inputs(case, DEVICE)
     first, second = results(case, given, "triton"), results(case, given, "triton")

@@ -697,7 +697,7 @@ def _gluon_forward_config(num_states: int, device: torch.device, programs: int, 
 
     Too few: four warps share out the states of a path. They take an eighth more instructions, but fill the device with
     a quarter of the programs. Fewer still: 16 channels a program, which take another fifth more, unless spans of a long
-    path make up for the missing programs.
+    path make up for the missing programs. The bounds are those of an H200 (benchmarks/README.md).
     """
     single = _Config(triton.next_power_of_2(num_states), 8, 1, resident=12, gluon=True)
     wanted = _wanted_programs(device, single)
