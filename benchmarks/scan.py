@@ -337,7 +337,7 @@ def launches(row, dtype_name: str, direction: str, config, sms: int, compile: bo
             forward(x, paths > 1, True)
         else:
             dy = torch.empty((batch, length, dim) if paths > 1 else x["delta"].shape, dtype=x["u"].dtype, device="meta")
-            backward(x, paths > 1, kernels.new_states(x["delta"], states, True), dy)
+            backward(x, paths > 1, kernels.new_states(x["u"], x["delta"], x["B"], states, True), dy)
     return found
 
 

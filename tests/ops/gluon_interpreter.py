@@ -53,14 +53,20 @@ def _language() -> dict:
         # Looked up at each call: the interpreter replaces Triton's functions when a kernel starts.
         return lambda *given, **named: getattr(tl, name)(*given, **named)
 
-    names = "abs cast exp2 load maximum minimum multiple_of permute reshape rsqrt store sum where".split()
+    names = (
+        "abs broadcast cast exp2 join load max maximum minimum multiple_of permute reshape rsqrt store sum where"
+    ).split()
     return {name: unchanged(name) for name in names} | {
         "constexpr": tl.constexpr,
+        "float16": tl.float16,
+        "int16": tl.int16,
+        "int32": tl.int32,
         "float32": tl.float32,
         "int64": tl.int64,
         "uint32": tl.uint32,
         "static_range": lambda *bounds: range(*_plain(bounds)),
         "BlockedLayout": _Blocked,
+        "DistributedLinearLayout": lambda registers, lanes, warps, blocks, shape: types.SimpleNamespace(shape=shape),
         "SliceLayout": lambda *_: None,
         "SwizzledSharedLayout": lambda *_: None,
         "arange": lambda start, end, layout: tl.arange(_plain(start), _plain(end)),

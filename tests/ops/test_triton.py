@@ -234,6 +234,31 @@ def test_gluon_scan_agrees_with_the_reference(case, block, monkeypatch):
     assert {"scan_forward_kernel", "scan_backward_kernel"} <= {name for name, *_ in launched}
 
 
+@kernels
+@pytest.mark.parametrize("states", [8, 16])
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("several", [False, True])
+def test_border_states_of_any_size(states, block, several, monkeypatch):
+    """They are saved in 16 bits, of which five are the exponent's: far less than a state's range."""
+    from vision_mamba.ops.triton import selective_scan as module
+
+    if INTERPRETED:
+        emulate(monkeypatch, module)
+    elif not module.HAS_GLUON:
+        pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
+    config = module._gluon_forward_config(states, torch.device("meta"), 10**6, 35)._replace(block=block)
+    if several:
+        config = shared_config(module, states, block)
+    monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config)
+    case = Case(18 if INTERPRETED else 70, 34, states, 1, z="none", dtype=torch.bfloat16, parameters=False)
+    for exponent in (-90, 90) if INTERPRETED else (-90, -30, 20, 90):
+        given = inputs(case, DEVICE)
+        given["u"] = given["u"] * 2.0**exponent
+        given["u"][..., :16] *= 2.0**8  # channels that share an exponent, and others
+        reference = results(case, given, "reference")
+        assert_near(results(case, given, "triton"), reference, TOLERANCE[case.dtype])
+
+
 # Of several warps a program, over one tile and more, of 16 and 32 steps: channels a program.
 SHARED = [
     (Case(1, 18, 16, 1), 32),
@@ -242,6 +267,7 @@ SHARED = [
     (Case(70, 18, 8, 1, z="none", parameters=False), 32),
     (Case(70, 34, 16, 3, z="each", merge="sum", programs=0), 32),
     (Case(35, 18, 12, 2, u_shared=False, broadcast=True, dtype=torch.bfloat16), 16),
+    *((Case(70, 34, states, 1, dtype=torch.bfloat16), block) for states in (8, 16) for block in (16, 32)),
     *((Case(500, 384, 16, paths, batch=2, merge="sum"), block) for paths in (1, 2) for block in (16, 32)),
     *((Case(800, 384, 16, 1, programs=60), block) for block in (16, 32)),
     *((Case(197, 40, states, 3, dtype=torch.float16), block) for states in (8, 16) for block in (16, 32)),
@@ -273,6 +299,43 @@ def test_gluon_scan_by_several_warps_agrees_with_the_reference(case, block, monk
     for name, arguments, warps in launched:
         if name == "scan_forward_kernel":
             assert warps == 4 and not arguments["LOOP_PATHS"], "one warp loops over paths: no barrier is between them"
+
+
+@kernels
+@pytest.mark.parametrize("kernel", ["portable", "spans", "gluon"])
+def test_gradient_of_the_step_sizes_over_them(kernel, monkeypatch):
+    """The same numbers in the memory of step sizes that are the operator's own, here those of low rank."""
+    from vision_mamba.ops.triton import selective_scan as module
+
+    if kernel != "portable":
+        if INTERPRETED:
+            emulate(monkeypatch, module)
+        elif not module.HAS_GLUON:
+            pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
+    if kernel == "spans":
+        as_if_programs_fill_the_device(module, 60, monkeypatch)
+    length, dim = (35, 18) if INTERPRETED else (197, 96)
+    given = inputs(Case(length, dim, 1 if kernel == "portable" else 16, 2, dtype=torch.bfloat16), DEVICE)
+    delta, weight = given.pop("delta")[..., :3].clone(), torch.randn(2, dim, 3, device=DEVICE)
+    leaves = [t.requires_grad_() for t in (delta, weight, *given.values()) if t is not None and t.is_floating_point()]
+    run = module.selective_scan_backward
+    found = []
+    for own in (True, False):
+        over = []
+
+        def backward(*inputs, own=own, over=over):
+            *inputs, overwrite = inputs
+            inputs[4] = inputs[4].contiguous()  # as a GPU's product of all paths is
+            grads = run(*inputs, overwrite and own)
+            over.append((overwrite, grads[1].data_ptr() == inputs[4].data_ptr()))
+            return grads
+
+        monkeypatch.setattr(module, "selective_scan_backward", backward)
+        monkeypatch.setattr(sys.modules["vision_mamba.ops.triton"], "selective_scan_backward", backward)
+        y = selective_scan(delta=delta, delta_weight=weight, delta_softplus=True, backend="triton", **given)
+        found.append(torch.autograd.grad(y.float().square().sum(), leaves))
+        assert over == [(True, own)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @kernels

@@ -6,6 +6,12 @@ function below brings the user's shapes into that form with views, never with co
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -288,16 +294,18 @@ def _(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus,
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     y = u.new_empty((batch, length, dim) if merge else (batch, length, num_paths, dim))
     last_state = u.new_empty((batch, num_paths, dim, A.shape[-1]), dtype=dtype)
-    return y, last_state, load_backend(backend).new_states(delta, A.shape[-1], save_states)
+    return y, last_state, load_backend(backend).new_states(u, delta, B, A.shape[-1], save_states)
 
 
 def _backward(
-    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, backend
-):
+    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, backend,
+    overwrite_delta=False,
+):  # fmt: skip
     """Gradients of the tensors that are there, in the order u, delta, A, B, C, D, z, delta_bias, initial_state."""
     grads = load_backend(backend).selective_scan_backward(
-        dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge
-    )
+        dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge,
+        overwrite_delta,
+    )  # fmt: skip
     # Dense, as the fake kernel says: compiled code relies on the strides.
     return [grad.contiguous() for grad in grads if grad is not None]
 
@@ -335,14 +343,15 @@ def _scan_autograd(ctx, dy, dlast_state, dstates):
     return _gradients(ctx.options, tensors, states, dy, dlast_state)
 
 
-def _gradients(options, tensors, states, dy, dlast_state):
+def _gradients(options, tensors, states, dy, dlast_state, overwrite_delta=False):
     u, delta, A, B, C, D, z, delta_bias, paths, initial_state = tensors
     delta_softplus, merge, backend = options
     if dy is None:
         batch, length, num_paths, dim = delta.shape
         dy = u.new_zeros((batch, length, dim) if merge else (batch, length, num_paths, dim))
-    opaque = derivative_needs_operator(dy, dlast_state, states, *tensors)
-    run = torch.ops.vision_mamba.selective_scan_backward if opaque else _backward
+    run: Callable = partial(_backward, overwrite_delta=overwrite_delta)
+    if derivative_needs_operator(dy, dlast_state, states, *tensors):
+        run = torch.ops.vision_mamba.selective_scan_backward
     grads = iter(run(dy, dlast_state, states, *tensors, delta_softplus, merge, backend))
     differentiable = (u, delta, A, B, C, D, z, delta_bias)
     of_inputs = [next(grads) if t is not None else None for t in differentiable]
@@ -354,6 +363,50 @@ _scan.register_autograd(_scan_autograd, setup_context=_setup_context)
 _scan_backward.register_autograd(_no_second_order)
 
 
+class _Results(threading.local):
+    """Of the scans of a piece of a model: where they are kept, or taken from, in this thread now."""
+
+    now: _KeptScans | None = None
+
+
+_results = _Results()
+
+
+class _KeptScans:
+    """A context whose scans keep their results in ``kept``, or (``again``) take them from there in the same order."""
+
+    def __init__(self, kept: list[tuple[tuple[Tensor, int], ...]], again: bool) -> None:
+        self.kept, self.again = kept, again
+
+    def __enter__(self) -> None:
+        self.outer, _results.now = _results.now, self
+        self.place = 0
+
+    def __exit__(self, *_) -> None:
+        _results.now = self.outer
+
+    def output(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if not self.again:
+            output = run()
+            self.kept.append(tuple((tensor.detach(), tensor._version) for tensor in output))
+            return output
+        kept, self.place = self.kept[self.place], self.place + 1
+        if any(tensor._version != version for tensor, version in kept):
+            raise RuntimeError("selective checkpointing: the output of a scan was changed in place after the scan")
+        return tuple(tensor.detach() for tensor, _ in kept)
+
+
+def keep_scans() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For ``context_fn`` of ``torch.utils.checkpoint.checkpoint``: recomputation without running a scan again.
+
+    What scans give is kept (y, and border states for their backward pass), and all else that the piece computes is
+    not. PyTorch's own ``create_selective_checkpoint_contexts`` does the same, and is what a compiler can trace, but
+    eagerly it is asked about every operator: half as long again for a training step of Vim-Ti (docs/architecture.md).
+    """
+    kept: list[Any] = []
+    return _KeptScans(kept, again=False), _KeptScans(kept, again=True)
+
+
 class _Scan(torch.autograd.Function):
     """The operator without PyTorch's dispatcher, and with low-rank step sizes."""
 
@@ -361,10 +414,13 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, delta_weight, u, delta, *inputs):
         *tensors, delta_softplus, merge, _, backend = inputs
         matrix = step_matrix(delta, delta_weight)  # kept: made anew it is several launches
-        if matrix is None:
-            output = _forward(u, delta, *inputs, delta_weight)
-        else:
-            output = _forward(u, step_sizes(delta, delta_weight, matrix), *inputs)
+
+        def run():
+            if matrix is None:
+                return _forward(u, delta, *inputs, delta_weight)
+            return _forward(u, step_sizes(delta, delta_weight, matrix), *inputs)
+
+        output = run() if _results.now is None else _results.now.output(run)
         ctx.save_for_backward(u, delta, *tensors, output[2], delta_weight, matrix)
         ctx.options = (delta_softplus, merge, backend)
         ctx.set_materialize_grads(False)
@@ -374,7 +430,8 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, dy, dlast_state, dstates):
         u, delta, *tensors, states, weight, matrix = ctx.saved_tensors
         steps = step_sizes(delta, weight, matrix)
-        du, ddelta, *grads = _gradients(ctx.options, (u, steps, *tensors), states, dy, dlast_state)
+        own = steps is not delta
+        du, ddelta, *grads = _gradients(ctx.options, (u, steps, *tensors), states, dy, dlast_state, own)
         dweight = None
         if weight is not None:
             ddelta, dweight = _step_gradients(ddelta, delta, weight, matrix)

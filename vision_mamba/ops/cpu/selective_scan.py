@@ -27,7 +27,7 @@ def _split(batch: int, channels: int) -> tuple[int, int]:
     return -(-channels // size), size
 
 
-def new_states(delta: Tensor, num_states: int, save: bool) -> Tensor:
+def new_states(u: Tensor, delta: Tensor, B: Tensor, num_states: int, save: bool) -> Tensor:
     """For the border states (batch, chunks, K, N, D) of steps (batch, L, K, D); empty where none are saved."""
     batch, length, num_paths, dim = delta.shape
     dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
@@ -313,7 +313,7 @@ def selective_scan_forward(
     length, num_paths, dim, num_states, _, blocks, _ = sizes
     y = torch.empty(batch, length, 1 if merge else num_paths, dim, dtype=dtype)
     last_state = torch.empty(batch, num_paths, dim, num_states, dtype=dtype)
-    states = new_states(delta[..., :1].expand(batch, length, num_paths, dim), num_states, save_states)
+    states = new_states(u, delta[..., :1].expand(batch, length, num_paths, dim), B, num_states, save_states)
     if delta_weight is None:
         weight = torch.empty(num_paths, 0, dim, dtype=dtype)
     else:
@@ -333,9 +333,13 @@ def selective_scan_forward(
 
 
 def selective_scan_backward(
-    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None where there is no input."""
+    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge,
+    overwrite_delta=False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None where there is no input.
+
+    That of delta has memory of its own, whether it might be written over delta or not.
+    """
     dtype, batch, sizes, x = _prepare(u, delta, A, B, C, D, z, delta_bias, paths)
     length, num_paths, dim, num_states, groups, blocks, _ = sizes
     dy_array, dy_strides = flat(dy.to(dtype))

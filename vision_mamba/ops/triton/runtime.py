@@ -28,7 +28,7 @@ HAS_GLUON = (
 VARYING = (
     "batch length num_paths loop_paths groups span num_spans saves u_b u_l u_k delta_b delta_l delta_k z_b z_l z_k "
     "y_b y_l y_k dy_b dy_l dy_k du_b du_l du_k dz_b dz_l dz_k B_b B_l B_k B_g C_b C_l C_k C_g "
-    "A_k A_d A_n D_k bias_k paths_k h_b h_s h_k h_n border_n"
+    "A_k A_d A_n D_k bias_k paths_k h_b h_s h_k h_n border_n border_size"
 ).split()
 
 

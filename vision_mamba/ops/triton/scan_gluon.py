@@ -77,17 +77,27 @@ def _stacked(layout, count):
 
 
 @gluon.constexpr_function
-def _border_layout(QC, NH, LC, WARPS):
+def _plane_layout(QC, NH, LC, WARPS):
     """[states, channels] as in memory, in which a lane has the numbers that it has of the state in a walk."""
     return gl.BlockedLayout([NH, QC], [32 // LC, LC], [WARPS, 1], [1, 0])
 
 
+@gluon.constexpr_function
+def _border_layout(QC, NH, NX, LC, WARPS):
+    """[channels, states] as in memory, wide words along the states, in which a lane has its own numbers of a walk."""
+    registers = [[0, 1 << i] for i in range(NH.bit_length() - 1)] + [[1 << i, 0] for i in range(QC.bit_length() - 1)]
+    lanes = [[QC << i, 0] for i in range(LC.bit_length() - 1)]
+    rows = [[0, NH << i] for i in range(NX.bit_length() - 1)]
+    lanes, warps = lanes + rows[: 5 - len(lanes)], rows[5 - len(lanes) :]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [QC * LC, NH * NX])
+
+
 @gluon.jit
-def _border_places(
+def _plane_places(
     group, block, per_group, border_n,
     N: gl.constexpr, NP: gl.constexpr, BLOCK: gl.constexpr, ALIGN: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Where the [states, channels] of a block lie in a border (N, D), 32 bits, and which of them exist."""
+    """Where the [states, channels] of a block lie in a plane (N, D), 32 bits, and which of them exist."""
     n = gl.arange(0, NP, gl.SliceLayout(1, layout))
     inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
     at = (n * (border_n // ALIGN * ALIGN))[:, None] + (group * per_group + inside)[None, :]
@@ -95,18 +105,11 @@ def _border_places(
 
 
 @gluon.jit
-def _border_of(h, layout: gl.constexpr):
+def _plane_of(h, layout: gl.constexpr):
     """[1, QC, NH, NX, LC] as [states, channels]."""
     x = gl.permute(h, (0, 3, 2, 4, 1))
     x = gl.reshape(x, (x.shape[1] * x.shape[2], x.shape[3] * x.shape[4]))
     return gl.convert_layout(x, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _state_of(border, NX: gl.constexpr, LC: gl.constexpr, D5: gl.constexpr):
-    """[states, channels] as [1, QC, NH, NX, LC]."""
-    x = gl.reshape(border, (1, NX, border.shape[0] // NX, LC, border.shape[1] // LC))
-    return gl.convert_layout(gl.permute(x, (0, 4, 2, 1, 3)), D5, assert_trivial=True)
 
 
 @gluon.jit
@@ -118,6 +121,87 @@ def _lanes(QC: gl.constexpr, NH: gl.constexpr, NX: gl.constexpr, LC: gl.constexp
     nx = gl.arange(0, NX, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, D4))))[None, None, :, None]
     lc = gl.arange(0, LC, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, D4))))[None, None, None, :]
     return (nx * NH + nh)[None, :, :, :, :], (lc * QC + q)[None, :, :, :, :]
+
+
+# A border is [channels, states], NP numbers a channel. In 16 bits they are float16 times a power of two that a quarter
+# of the states of 16 channels share: the states of one warp of four, or of a row of lanes of the backward pass. The
+# exponents, float32's, stand behind the states, [quarters, blocks of 16 channels], each in a word of its own. The
+# backward pass reads words of 32 bits: to take 16 bits out of one is to look at it, and to wait where it is read ahead.
+
+
+@gluon.jit
+def _border_places(group, block, per_group, ROW: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr):
+    """Where the [channels, states] of a block lie in a border, ROW a channel, 32 bits, and which of them exist."""
+    inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
+    n = gl.arange(0, ROW, gl.SliceLayout(0, layout))
+    at = ((group * per_group + inside) * ROW)[:, None] + n[None, :]
+    return at, (inside < per_group)[:, None] & (n < ROW)[None, :]
+
+
+@gluon.jit
+def _exponent_places(
+    group, block, groups, per_group,
+    BLOCK: gl.constexpr, QC: gl.constexpr, NX: gl.constexpr, LC: gl.constexpr, D5: gl.constexpr,
+):  # fmt: skip
+    """Which exponents are those of the lanes [1, NX, LC], and which of them exist."""
+    D3: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, D5))
+    nx = gl.arange(0, NX, gl.SliceLayout(0, gl.SliceLayout(2, D3)))[None, :, None]
+    lc = gl.arange(0, LC, gl.SliceLayout(0, gl.SliceLayout(1, D3)))[None, None, :]
+    inside = block * BLOCK + lc * QC
+    of_group = (per_group + 15) // 16
+    at = nx * 4 // NX * (groups * of_group) + (group * of_group + inside // 16)
+    return at, (nx < NX) & (inside < per_group)
+
+
+@gluon.jit
+def _save_state(border, h, state_at, h_ok, exponent_at, e_ok, quarter, layout: gl.constexpr, D5: gl.constexpr):
+    """[1, QC, NH, NX, LC] to a border; ``quarter`` is the distance of two quarters' exponents."""
+    NX: gl.constexpr = h.shape[3]
+    LC: gl.constexpr = h.shape[4]
+    if border.dtype.element_ty == gl.float16:
+        D3: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, D5))
+        QUARTERS: gl.constexpr = min(NX, 4)
+        # The exponent of the largest number; not so small that the scale would leave float32.
+        largest = gl.max(gl.max(gl.abs(h), axis=1), axis=1).to(gl.int32, bitcast=True)
+        rows = gl.reshape(gl.maximum(largest >> 23, 27), (1, QUARTERS, NX // QUARTERS * LC))
+        rows = gl.broadcast(gl.max(rows, axis=2)[:, :, None], rows)[0]
+        exponent = gl.convert_layout(gl.reshape(rows, (1, NX, LC)), D3, assert_trivial=True)
+        kept = exponent.to(gl.int16).to(gl.float16, bitcast=True)
+        gl.store(border + exponent_at, kept, mask=e_ok)
+        if NX == 2:  # two quarters in a row of lanes
+            gl.store(border + exponent_at + quarter, kept, mask=e_ok)
+        scale = ((268 - exponent) << 23).to(gl.float32, bitcast=True)  # to 2**14, below float16's largest number
+        h = h * scale[:, None, :, :][:, None, :, :, :]
+    x = gl.permute(h, (0, 4, 1, 3, 2))
+    x = gl.convert_layout(gl.reshape(x, layout.shape), layout, assert_trivial=True)
+    gl.store(border + state_at, x.to(border.dtype.element_ty), mask=h_ok)
+
+
+@gluon.jit
+def _load_exponents(border, exponent_at, e_ok):
+    """For ``_saved_state``; nothing where a border has numbers of 32 bits."""
+    exponent = 0
+    if border.dtype.element_ty == gl.int32:
+        exponent = gl.load(border + exponent_at, mask=e_ok, other=0)
+    return exponent
+
+
+@gluon.jit
+def _saved_state(
+    border, exponent, QC: gl.constexpr, NH: gl.constexpr, NX: gl.constexpr, LC: gl.constexpr, D5: gl.constexpr
+):  # fmt: skip
+    """What ``_save_state`` wrote, from [channels, states], of 16 bits in words, and ``_load_exponents``."""
+    h = border
+    if border.dtype == gl.int32:
+        low = h.to(gl.int16).to(gl.float16, bitcast=True)
+        high = (h >> 16).to(gl.int16).to(gl.float16, bitcast=True)
+        h = gl.join(low, high).to(gl.float32)
+    h = gl.permute(gl.reshape(h, (1, LC, QC, NX, NH)), (0, 2, 4, 3, 1))
+    h = gl.convert_layout(h, D5, assert_trivial=True)
+    if border.dtype == gl.int32:
+        scale = (((exponent & 0xFF) - 14) << 23).to(gl.float32, bitcast=True)
+        h = h * scale[:, None, :, :][:, None, :, :, :]
+    return h
 
 
 @gluon.jit
@@ -175,7 +259,7 @@ def _add_lanes(shared, count: gl.constexpr, layout: gl.constexpr):
 @_jit
 def scan_forward_kernel(
     u, delta, A, B, C, D, z, bias, paths, initial, y, last_state, states, change, total,
-    length, num_paths, groups, per_group, span, num_spans, saves,
+    length, num_paths, groups, per_group, span, num_spans, saves, border_size,
     u_b, u_l, u_k, delta_b, delta_l, delta_k, z_b, z_l, z_k, y_b, y_l, y_k,
     B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, A_k, A_d, A_n, D_k, bias_k, paths_k, h_b, h_s, h_k, h_n, border_n,
     N: gl.constexpr, NP: gl.constexpr, T: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
@@ -195,7 +279,8 @@ def scan_forward_kernel(
     E2: gl.constexpr = _rows_layout(T, BLOCK, WARPS)
     S2: gl.constexpr = _rows_layout(T, NP, WARPS)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    H2: gl.constexpr = _border_layout(QC, NH, LC, WARPS)
+    H2: gl.constexpr = _plane_layout(QC, NH, LC, WARPS)
+    S2B: gl.constexpr = _border_layout(QC, NH, NX, LC, WARPS)
     # Sums of so many steps are written at once.
     SUMS: gl.constexpr = min(T, 32 // QC)
     Y5: gl.constexpr = gl.SliceLayout(2, _tile_layout(SUMS, QC, NH, LC, WARPS))
@@ -221,7 +306,12 @@ def scan_forward_kernel(
     step_s = gl.arange(0, T, gl.SliceLayout(1, S2))
     state, channel = _lanes(QC, NH, NX, LC, D5)
     nc_ok = (state < N) & (block * BLOCK + channel < per_group)
-    state_at, h_ok = _border_places(group, block, per_group, border_n, N, NP, BLOCK, ALIGN, H2)
+    plane_at, p_ok = _plane_places(group, block, per_group, border_n, N, NP, BLOCK, ALIGN, H2)
+    state_at, h_ok = _border_places(group, block, per_group, NP, BLOCK, S2B)
+    exponent_at, e_ok = _exponent_places(group, block, groups, per_group, BLOCK, QC, NX, LC, D5)
+    exponent_at = dim * NP + 2 * exponent_at
+    quarter = 2 * groups * ((per_group + 15) // 16)
+    border_size = border_size // 16 * 16
 
     num_chunks = (length + CHUNK - 1) // CHUNK
     start = span_index * span
@@ -312,8 +402,8 @@ def scan_forward_kernel(
                 if y is not None:
                     if r % CHUNK == 0:
                         if (saves != 0) & (t0 + r < end) & ((t0 + r) % CHUNK == 0):
-                            border = states + ((image * num_chunks + (t0 + r) // CHUNK) * num_paths + k) * N * border_n
-                            gl.store(border + state_at, _border_of(h, H2), mask=h_ok)
+                            border = states + ((image * num_chunks + (t0 + r) // CHUNK) * num_paths + k) * border_size
+                            _save_state(border, h, state_at, h_ok, exponent_at, e_ok, quarter, S2B, D5)
                 x = _channels_of(dtu_rows, r, D5) * _states_of(b_rows, r, D5)
                 h = gl.exp2(_channels_of(dt_rows, r, D5) * a2) * h + x
                 if y is not None:
@@ -336,7 +426,7 @@ def scan_forward_kernel(
         else:
             at = ((image * num_spans + span_index) * num_paths + k) * border_n
             gl.store(total + at + c, gl.sum(dt_sum, axis=0), mask=c_ok)
-            gl.store(change + at * N + state_at, _border_of(h, H2), mask=h_ok)
+            gl.store(change + at * N + plane_at, _plane_of(h, H2), mask=p_ok)
 
 
 @gluon.jit
@@ -352,7 +442,7 @@ def _walk(h, a2, dt_rows, dtu_rows, b_rows, first: gl.constexpr, end: gl.constex
 def scan_backward_kernel(
     u, delta, A, B, C, D, z, bias, paths, states, dy, dlast,
     du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial,
-    batch, length, num_paths, groups, per_group, span, num_spans,
+    batch, length, num_paths, groups, per_group, span, num_spans, border_size,
     u_b, u_l, u_k, delta_b, delta_l, delta_k, z_b, z_l, z_k, dy_b, dy_l, dy_k, du_b, du_l, du_k, dz_b, dz_l, dz_k,
     B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, A_k, A_d, A_n, D_k, bias_k, paths_k, h_b, h_s, h_k, h_n, border_n,
     N: gl.constexpr, NP: gl.constexpr, T: gl.constexpr, BLOCK: gl.constexpr, TILES: gl.constexpr,
@@ -373,7 +463,9 @@ def scan_backward_kernel(
     H5: gl.constexpr = _tile_layout(HALF, QC, NH, LC, 1)
     Y5: gl.constexpr = gl.SliceLayout(2, H5)
     C5: gl.constexpr = gl.SliceLayout(1, H5)
-    H2: gl.constexpr = _border_layout(QC, NH, LC, 1)
+    H2: gl.constexpr = _plane_layout(QC, NH, LC, 1)
+    ROW: gl.constexpr = NP // 2 if states.dtype.element_ty == gl.int32 else NP
+    S2B: gl.constexpr = _border_layout(QC, ROW // NX, NX, LC, 1)
     FLAT5: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
     # Lanes that stand along the channels write 16 bytes each, to different banks.
     MIXED: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0])
@@ -403,7 +495,11 @@ def scan_backward_kernel(
     step_s = gl.arange(0, T, gl.SliceLayout(1, S2))
     state, channel = _lanes(QC, NH, NX, LC, D5)
     nc_ok = (state < N) & (block * BLOCK + channel < per_group)
-    state_at, h_ok = _border_places(group, block, per_group, border_n, N, NP, BLOCK, ALIGN, H2)
+    plane_at, p_ok = _plane_places(group, block, per_group, border_n, N, NP, BLOCK, ALIGN, H2)
+    state_at, h_ok = _border_places(group, block, per_group, ROW, BLOCK, S2B)
+    exponent_at, e_ok = _exponent_places(group, block, groups, per_group, BLOCK, QC, NX, LC, D5)
+    exponent_at += dim * ROW
+    border_size = border_size // 16 * 16
     index = gl.arange(0, HALF, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, H5)))))
     index = index[:, None, None, None, None]
 
@@ -461,8 +557,9 @@ def scan_backward_kernel(
         # last tile before it. The order of tiles: a chunk's first to last, last to first, then the chunk before it.
         token_e = _ahead(path, last_chunk + step_e, end)
         token_s = _ahead(path, last_chunk + step_s, end)
-        border = states + ((image * num_chunks + last_chunk // CHUNK) * num_paths + k) * N * border_n
-        border_next = gl.load(border + state_at, mask=h_ok, other=0.0)
+        border = states + ((image * num_chunks + last_chunk // CHUNK) * num_paths + k) * border_size
+        border_next = gl.load(border + state_at, mask=h_ok, other=0)
+        exponent_next = _load_exponents(border, exponent_at, e_ok)
         delta_next = _load_rows(delta_rows, token_e, length, delta_l, c, c_ok)
         u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
         b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
@@ -474,7 +571,7 @@ def scan_backward_kernel(
             tiles = gl.minimum((end - t_chunk + T - 1) // T, TILES)
 
             # The states before each half tile.
-            h = _state_of(border_next, NX, LC, D5)
+            h = _saved_state(border_next, exponent_next, QC, NH, NX, LC, D5)
             borders.index(0).store(gl.permute(h, (0, 1, 3, 4, 2)))
             for s in range(tiles - 1):
                 if s > 0:
@@ -533,8 +630,9 @@ def scan_backward_kernel(
                 u_next = _load_rows(u_rows, token_e, length, u_l, c, c_ok)
                 b_next = _load_rows(B_rows, token_s, length, B_l, n, n_ok)
                 if (s == 0) & (t_chunk > start):
-                    border -= num_paths * N * border_n
-                    border_next = gl.load(border + state_at, mask=h_ok, other=0.0)
+                    border -= num_paths * border_size
+                    border_next = gl.load(border + state_at, mask=h_ok, other=0)
+                    exponent_next = _load_exponents(border, exponent_at, e_ok)
                 back_e = gl.where(s > 0, token_e, -1)  # the other rows are not for the next chunk's first sweep
                 dy_next = _load_rows(dy_rows, back_e, length, dy_l, c, c_ok)
                 if z is not None:
@@ -644,7 +742,7 @@ def scan_backward_kernel(
                 _store_rows(ddelta_rows, token, length, ddelta_l, c, c_ok, ddt)
 
         at = ((image * num_spans + span_index) * num_paths + k) * border_n
-        gl.store(dA + at * N + state_at, _border_of(da, H2), mask=h_ok)
+        gl.store(dA + at * N + plane_at, _plane_of(da, H2), mask=p_ok)
         if D is not None:
             gl.store(dD + at + c, gl.sum(dd, axis=0), mask=c_ok)
         if bias is not None:

@@ -735,15 +735,23 @@ def _chunk(num_states: int) -> int:
     return config.steps * config.tiles
 
 
-def new_states(delta: Tensor, num_states: int, save: bool) -> Tensor:
-    """For the border states (batch, chunks, K, N, D) of steps (batch, L, K, D); empty where none are saved.
+def new_states(u: Tensor, delta: Tensor, B: Tensor, num_states: int, save: bool) -> Tensor:
+    """For the border states (batch, chunks, K, numbers) of steps (batch, L, K, D); empty where none are saved.
 
-    In float32 whatever the other tensors are: rounded to bfloat16, small gradients of A were off by five percent.
+    In float32 (N, D), of the Gluon kernels (D, N) with N rounded up to a power of two. Where u and delta are bfloat16
+    these have 16 bits too: float16 with exponents that neighbours share, which lie behind the states
+    (``scan_gluon.py``). Rounded to bfloat16, which has three bits fewer, small gradients of A were off by five percent.
     """
     batch, length, num_paths, dim = delta.shape
+    numbers, dtype = num_states * dim, torch.float32
+    if _uses_gluon(num_states, delta.device):
+        numbers = triton.next_power_of_2(num_states) * dim
+        if u.dtype == delta.dtype == torch.bfloat16:
+            groups = B.shape[3]
+            numbers, dtype = numbers + 8 * groups * triton.cdiv(dim // groups, 16), torch.float16
+        numbers = triton.cdiv(numbers, 32) * 32  # aligned, for wide words
     chunks = triton.cdiv(length, _chunk(num_states))
-    shape = (batch, chunks, num_paths, num_states, dim) if save else (0, 0, 0, 0, 0)
-    return delta.new_empty(shape, dtype=torch.float32)
+    return delta.new_empty((batch, chunks, num_paths, numbers) if save else (0, 0, 0, 0), dtype=dtype)
 
 
 def _wanted_programs(device: torch.device, config: _Config) -> int:
@@ -893,11 +901,12 @@ def selective_scan_forward(
     )  # fmt: skip
     initial = _state_rows(initial_state)
     last_state = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
-    states = new_states(delta, num_states, save_states)
+    states = new_states(u, delta, B, num_states, save_states)
     y = delta if overwrite else _by_path(u, batch, length, 1 if plan.loop_paths else num_paths, dim, merge)
     given = dict(
         **x.tensors, **x.sizes, **x.strides, **_names("y", y, "blk"), **_names("h", initial, "bskn"),
         initial=initial, y=y, last_state=last_state, states=states, saves=int(save_states), change=None, total=None,
+        border_size=states.shape[-1],
         span=plan.span, num_spans=plan.num_spans, N=num_states, NP=config.states, T=config.steps, BLOCK=config.block,
         CHUNK=_chunk(num_states), ALIGN=x.align, OFFSET=x.offset, SOFTPLUS=delta_softplus, LOOP_PATHS=plan.loop_paths,
         WARPS=config.warps,
@@ -951,9 +960,13 @@ def _add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums
 
 
 def selective_scan_backward(
-    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None where there is no input."""
+    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge,
+    overwrite_delta=False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None where there is no input.
+
+    That of delta is written over step sizes that nobody else has or wants, as y is in the forward pass.
+    """
     x = _arguments(u, delta, A, B, C, D, z, delta_bias, paths)
     check_dtypes(dy=dy, initial_state=initial_state, dlast_state=dlast_state)
     batch, length, num_paths, dim = delta.shape
@@ -967,6 +980,7 @@ def selective_scan_backward(
     )  # fmt: skip
     dy = dense(dy.unsqueeze(2) if merge else dy)
     dlast = _state_rows(dlast_state)
+    borders = states.view(torch.int32) if states.dtype == torch.float16 else states  # two numbers a word
 
     def token_grad(tensor: Tensor, shared: bool) -> tuple[Tensor, bool]:
         """Where the kernel writes a gradient of (batch, L, 1 or K, D), and whether it sums over the paths."""
@@ -984,7 +998,9 @@ def selective_scan_backward(
 
     du, add_du = token_grad(u, u_shared)
     dz, add_dz = (None, False) if z is None else token_grad(z, z_shared)
-    ddelta = torch.empty_like(delta, memory_format=torch.contiguous_format)
+    # Several warps of a program may be at different tiles.
+    overwrite = overwrite_delta and delta.is_contiguous() and config.warps == 1
+    ddelta = delta if overwrite else torch.empty_like(delta, memory_format=torch.contiguous_format)
     # One sum a program, added up afterwards in a fixed order: equal bits every time, which atomics would not give.
     rows = batch * plan.num_spans
     partial_A = partial(rows, num_paths, num_states, dim)
@@ -1004,7 +1020,8 @@ def selective_scan_backward(
         dinitial = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
     given = dict(
         **x.tensors, **x.sizes, **x.strides, **_names("dy", dy, "blk"), **_names("du", du, "blk"),
-        **_names("dz", dz, "blk"), **_names("h", dlast, "bskn"), batch=batch, states=states, dy=dy, dlast=dlast,
+        **_names("dz", dz, "blk"), **_names("h", dlast, "bskn"), batch=batch, states=borders,
+        border_size=borders.shape[-1], dy=dy, dlast=dlast,
         du=du, ddelta=ddelta, dA=partial_A, dB=partial_B, dC=partial_C, dD=partial_D, dz=dz, dbias=partial_bias,
         dinitial=dinitial, span=plan.span, num_spans=plan.num_spans, N=num_states, NP=config.states, T=config.steps,
         BLOCK=config.block,
