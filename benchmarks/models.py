@@ -6,14 +6,14 @@ Examples:
     uv run --with einops python -m benchmarks.models vmamba --device cpu --threads 2 --official ~/VMamba
     uv run --with transformers --with mambapy python -m benchmarks.models rsmamba --modes eager --official ~/RSMamba
 
-On a GPU the autocast type is bfloat16, on a CPU everything is float32. The models take turns and the median of
-each is kept. With ``--official`` the official code runs too, eagerly (on a CPU: its pure-PyTorch scan, the only one
-it has there; of training only one step at batch 1, as that takes minutes), and a time is printed only if our logits
-agree with its logits; where it cannot run, out of memory for example, its row says so. ``graph`` replays the eager
-kernels as one CUDA graph: what the device takes, without Python. ``checkpointed`` is eager training with gradient
-checkpointing. Forward passes are of models prepared by ``timm.utils.reparameterize_model``, whosever they are (of the
-official ones it changes nothing). Memory (not of graphs) is the peak beyond weights (and gradients, after one step) and
-input.
+On a GPU the autocast type is bfloat16, on a CPU everything is float32. The models take turns and the median of each
+is kept. With ``--official`` the official code runs too, eagerly (on a CPU: its pure-PyTorch scan, the only one it has
+there; of training only one step at batch 1, as that takes minutes), and a time is printed only if our logits agree
+with its logits; where it cannot run, out of memory for example, its row says so. ``graph`` replays the eager kernels
+as one CUDA graph: what the device takes, without Python. ``checkpointed`` is eager training with gradient
+checkpointing, ``selective`` that of all but the scans. Forward passes are of models prepared by
+``timm.utils.reparameterize_model``, whosever they are (of the official ones it changes nothing). Memory (not of
+graphs) is the peak beyond weights (and gradients, after one step) and input.
 
 Results go to results/FAMILY-DEVICE.json; results/models-DEVICE.json has all families', each model beside each peer.
 """
@@ -50,6 +50,8 @@ class Family:
     rows: tuple[tuple[int, int], ...]
 
 
+CHECKPOINTED = ("checkpointed", "selective")  # modes of training alone
+
 FAMILIES = {
     "vim": Family(
         "vim_tiny_patch16_224",
@@ -81,8 +83,8 @@ CPU_ROWS = ((224, 1), (224, 8))
 def with_peers(device: str, results: Path = RESULTS) -> dict[str, Any]:
     """The last results of all families on a device (``"h100"``), a row for each of our models and each peer of it.
 
-    ``run`` says how the passes were started: eager, compiled, graph or checkpointed. Each row has the commit, command
-    and date of its family's file; ``error`` is why a peer has no figure.
+    ``run`` says how the passes were started: eager, compiled, graph, checkpointed, selective. Each row has the commit,
+    command and date of its family's file; ``error`` is why a peer has no figure.
     """
     rows, last = [], {}
     for name, family in FAMILIES.items():
@@ -119,7 +121,7 @@ def main() -> None:
     parser.add_argument(
         "--modes",
         nargs="+",
-        choices=("eager", "compiled", "graph", "checkpointed"),
+        choices=("eager", "compiled", "graph", *CHECKPOINTED),
         help="default: the first three; eager on a CPU",
     )
     parser.add_argument(
@@ -158,7 +160,7 @@ def main() -> None:
             if error > 1e-4:
                 sys.exit(f"our logits differ from the official ones by {error:.1e}: no times for a wrong result")
         for training in (False, True):
-            for mode in modes if training else [m for m in modes if m != "checkpointed"]:
+            for mode in modes if training else [m for m in modes if m not in CHECKPOINTED]:
                 chosen = dict(models)
                 if mode != "eager" or (training and not cuda and batch > 1):
                     chosen.pop("official", None)

@@ -69,3 +69,26 @@ def test_inference_graph():
         with pytest.raises(graphs.CaptureError, match="cannot be captured as a CUDA graph"):
             graphs.InferenceGraph(lambda image: net(image) * image.mean().item())(x[0])
         assert_close("logits", net(x[0]), graph(x[0]), 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("enable", [True, "selective"])
+@pytest.mark.parametrize("name", ["test_vim", "test_vmamba"])
+def test_training_graph_of_a_checkpointed_net(name, enable):
+    net, x = timm.create_model(name).cuda().train(), torch.randn(2, 3, 64, 64, device="cuda")
+    captured = graphs.TrainingGraphs()
+
+    def gradients(forward):
+        return torch.autograd.grad(forward(x).square().sum(), list(net.parameters()))
+
+    expected = gradients(net)
+    net.set_grad_checkpointing(enable)
+    for found in (gradients(lambda x: captured(net, net, x)) for _ in range(2)):
+        for (parameter, _), gradient, wanted in zip(net.named_parameters(), found, expected, strict=True):
+            assert_close(parameter, gradient, wanted, 1e-5)
+    assert captured.memory > 0
+
+    net = timm.create_model(name, drop_path_rate=0.1).cuda().train()
+    net.set_grad_checkpointing(enable)
+    with pytest.raises(RuntimeError, match=r"drops at a rate of 0.\d+, and would drop others"):
+        captured(net, net, x)

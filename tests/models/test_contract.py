@@ -160,13 +160,17 @@ def test_pruned_model_ends_at_its_last_level(name):
 @every_model
 def test_gradient_checkpointing_changes_nothing(name):
     gradients = []
-    for enable in (False, True):
+    for enable in (False, True, "selective"):
         model = create(name).train()
         model.set_grad_checkpointing(enable)
         torch.manual_seed(3)
         model(image()).sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
-    assert all(torch.equal(gradient, gradients[1][n]) for n, gradient in gradients[0].items())
+    for n, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][n]), n
+        assert torch.equal(gradient, gradients[2][n]), n
+    with pytest.raises(ValueError, match="'everything': allowed are True, False and 'selective'"):
+        model.set_grad_checkpointing("everything")
 
 
 @every_model

@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from tests.conftest import assert_close
 from tests.ops.backends import DEVICE, TRITON, device_of, needs_gpu
 from vision_mamba.ops import add_norm, causal_conv1d, selective_scan
+from vision_mamba.ops.backend import load_backend
+from vision_mamba.ops.selective_scan import keep_scans
 
 BACKENDS = ["cpu", TRITON]
 
@@ -120,6 +122,38 @@ def test_activation_checkpointing_gives_equal_gradients(backend, use_reentrant):
     found = gradients(layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant), x)
     for name, value in found.items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_selective_checkpointing_runs_a_scan_once(backend, monkeypatch):
+    module, runs = load_backend(backend), []
+    run = module.selective_scan_forward
+    monkeypatch.setattr(module, "selective_scan_forward", lambda *given: runs.append(None) or run(*given))
+    layer, x = Mixer(backend).to(device_of(backend)), tokens(backend).requires_grad_()
+    expected = gradients(layer, layer, x)
+    runs.clear()
+
+    def checkpointed(x):
+        return checkpoint(layer, x, use_reentrant=False, context_fn=keep_scans)
+
+    for name, value in gradients(layer, checkpointed, x).items():
+        assert torch.equal(value, expected[name]), name
+    assert len(runs) == 1
+    y = checkpointed(x).square().sum()
+    for _ in range(2):  # a graph that is kept is computed again, from the same results
+        (found,) = torch.autograd.grad(y, x, retain_graph=True)
+        (wanted,) = torch.autograd.grad(layer(x).square().sum(), x)
+        assert torch.equal(found, wanted)
+
+
+def test_selective_checkpointing_sees_an_output_that_was_changed():
+    tensors, table = make("cpu")
+    u = tensors.pop("u")
+    out = checkpoint(
+        lambda u: selective_scan(u, **tensors, paths=table).mul_(2).exp(), u, use_reentrant=False, context_fn=keep_scans
+    )
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

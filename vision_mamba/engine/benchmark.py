@@ -43,8 +43,9 @@ class Bench:
         model: on the device of ``x``.
         x: images, (batch, C, H, W).
         training: a step without the optimiser: forward, backward.
-        mode: ``"eager"``, ``"compiled"`` (torch.compile), ``"graph"``: the eager kernels replayed as one CUDA graph, or
-            ``"checkpointed"``: eager with gradient checkpointing.
+        mode: ``"eager"``, ``"compiled"`` (torch.compile), ``"graph"``: the eager kernels replayed as one CUDA graph,
+            ``"checkpointed"``: eager with gradient checkpointing, or ``"selective"``: of all but the scans (of whole
+            blocks where a model of another library has no scans to keep).
     """
 
     def __init__(self, model: nn.Module, x: Tensor, *, training: bool, mode: str) -> None:
@@ -52,7 +53,7 @@ class Bench:
             model = timm.utils.reparameterize_model(model)  # a copy
         self.model = model.train(training)
         if hasattr(model, "set_grad_checkpointing"):  # the same model may be measured with it before
-            model.set_grad_checkpointing(mode == "checkpointed")
+            model.set_grad_checkpointing({"checkpointed": True, "selective": "selective"}.get(mode, False))
         self.x, self.training, self.mode = x, training, mode
         self.forward = torch.compile(model) if mode == "compiled" else model
         self.cuda = x.is_cuda

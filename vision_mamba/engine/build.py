@@ -61,7 +61,7 @@ def build_model(config: Config, num_classes: int, *, pretrained: bool) -> tuple[
         raise UserError(f"model {wanted.name} cannot be created with {given}: {_first_line(e)}") from None
     if wanted.grad_checkpointing:
         try:
-            model.set_grad_checkpointing(True)
+            model.set_grad_checkpointing(wanted.grad_checkpointing)
         except (AttributeError, AssertionError):
             raise UserError(f"model.grad_checkpointing: {wanted.name} does not support it") from None
     return model, args

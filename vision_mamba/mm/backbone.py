@@ -80,8 +80,11 @@ class VisionMambaBackbone(BaseModule):
             if init_cfg is not None:
                 raise ValueError("give the weights file as pretrained or as init_cfg, not as both")
             init_cfg = dict(type="Pretrained", checkpoint=pretrained)
-        if cuda_graphs and with_cp:
-            raise ValueError("cuda_graphs and with_cp do not go together: unset one")
+        if cuda_graphs and with_cp and drop_path_rate:
+            raise ValueError(
+                "cuda_graphs with with_cp cannot drop the same paths again when it recomputes: set drop_path_rate=0, "
+                "or unset one of the two"
+            )
         if cuda_graphs:
             _check_one_process()
         if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg):

@@ -11,13 +11,13 @@ import torch.fx
 from timm.layers import resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..layers import OverlapPatchEmbed
 from ..layers.observed import are_observed
 from ..paths import scan_paths
 from ._builder import check_choice
+from ._recompute import Recompute, checked, recomputed
 
 try:
     from timm.models._input import update_model_input_size
@@ -47,7 +47,7 @@ class PlainModel(nn.Module):
     cls_position: str | int
     embed_dim: int
     head_hidden_size: int
-    grad_checkpointing = False
+    grad_checkpointing: Recompute = False
 
     def _set_global_pool(self, global_pool: str) -> None:
         """Checks the pooling and sets what depends on it."""
@@ -71,8 +71,9 @@ class PlainModel(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
+        """Recompute blocks in the backward pass; ``"selective"``: all of them but their scans."""
+        self.grad_checkpointing = checked(enable)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -104,10 +105,8 @@ class PlainModel(nn.Module):
         update_model_input_size(self, self.patch_embed.img_size)
 
     def _block(self, block: nn.Module, x: Tensor, paths: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            # The table is an argument, so the recomputation sees the same path, drawn at random or not.
-            return checkpoint(block, x, *self._shared(), paths)
-        return block(x, *self._shared(), paths)
+        # The table is an argument, so the recomputation sees the same path, drawn at random or not.
+        return recomputed(self.grad_checkpointing, block, x, *self._shared(), paths)
 
     def _shared(self) -> tuple[nn.Module, ...]:
         """Modules of the network that every block is given."""

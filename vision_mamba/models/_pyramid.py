@@ -9,11 +9,11 @@ import torch
 from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..layers import LayerNorm, add_layer_norm
 from ._builder import check_choice
+from ._recompute import Recompute, checked, recomputed
 
 
 class Stage(nn.Module):
@@ -27,7 +27,7 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm or nn.Identity()
-        self.grad_checkpointing = False
+        self.grad_checkpointing: Recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Channels-last map -> channels-last map."""
@@ -39,8 +39,7 @@ class Stage(nn.Module):
         return x
 
     def run_block(self, block: nn.Module, *args: Any) -> Any:
-        checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
-        return checkpoint(block, *args) if checkpointed else block(*args)
+        return recomputed(self.grad_checkpointing, block, *args)
 
 
 @register_notrace_module  # torch.fx takes it whole: it looks at sizes, which have no values while it traces
@@ -162,9 +161,10 @@ class PyramidModel(nn.Module):
         )
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
+        """Recompute blocks in the backward pass; ``"selective"``: all of them but their scans."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
+            stage.grad_checkpointing = checked(enable)  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

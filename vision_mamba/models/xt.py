@@ -17,7 +17,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
-from timm.models._manipulate import checkpoint
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from ..errors import nearest
 from ..layers import MambaMixer
 from ..paths import scan_paths
 from ._builder import OFFICIAL_MIXER, build_model, check_choice
+from ._recompute import Recompute, checked, recomputed
 
 # torch.fx takes these whole: they look at sizes, which have no values while it traces.
 register_notrace_module(MambaMixer)
@@ -90,15 +90,16 @@ class RegionEncoder(nn.Module):
             raise ValueError(f"region_size={region_size}: {name} needs a multiple of its stride {stride}")
         self.model = model
         self.feature_info: list[dict[str, Any]] = [dict(info) for info in model.feature_info]
-        self.grad_checkpointing = False
+        self.grad_checkpointing: Recompute = False
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
         """Recompute in backward: whole chunks of regions, or blocks where all regions are one chunk.
 
         With chunks, what is kept for backward is the chunks' pixels and maps, and one chunk is recomputed at a time.
         """
-        self.grad_checkpointing = enable and self.region_chunk is not None
-        self.model.set_grad_checkpointing(enable and self.region_chunk is None)
+        chunked = self.region_chunk is not None
+        self.grad_checkpointing = checked(enable) if chunked else False
+        self.model.set_grad_checkpointing(False if chunked else enable)
 
     def forward(self, x: Tensor, levels: Sequence[int]) -> list[Tensor]:
         """(batch, in_chans, height, width) -> a channels-last map (batch, rows, columns, channels) for each level.
@@ -117,10 +118,9 @@ class RegionEncoder(nn.Module):
                 )
         grid = (height // size, width // size)
         regions = x.reshape(batch, channels, grid[0], size, grid[1], size).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        encode = self._checkpointed if self.grad_checkpointing else self._encode
         # No split by the number of regions: an exporter would tie the program to it.
         pieces = (regions,) if self.region_chunk is None else regions.split(self.region_chunk)
-        chunks = [encode(piece, levels) for piece in pieces]
+        chunks = [recomputed(self.grad_checkpointing, self._encode, piece, levels) for piece in pieces]
         maps = []
         for of_level in zip(*chunks, strict=True):
             tiles = torch.cat(of_level) if len(of_level) > 1 else of_level[0]
@@ -130,9 +130,6 @@ class RegionEncoder(nn.Module):
 
     def _encode(self, regions: Tensor, levels: Sequence[int]) -> list[Tensor]:
         return self.model.forward_intermediates(regions, indices=list(levels), stop_early=True, intermediates_only=True)
-
-    def _checkpointed(self, regions: Tensor, levels: Sequence[int]) -> list[Tensor]:
-        return checkpoint(self._encode, regions, levels)
 
 
 class ContextBlock(nn.Module):
@@ -208,7 +205,7 @@ class XT(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.grad_checkpointing = False
+        self.grad_checkpointing: Recompute = False
 
         self.encoder = RegionEncoder(
             encoder,
@@ -240,9 +237,9 @@ class XT(nn.Module):
         self.global_pool = global_pool
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
         """Recompute context blocks and region encoder in backward; see :meth:`RegionEncoder.set_grad_checkpointing`."""
-        self.grad_checkpointing = enable
+        self.grad_checkpointing = checked(enable)
         self.encoder.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
@@ -294,7 +291,7 @@ class XT(nn.Module):
         paths = [scan_paths((name,), 1, x.shape[1], device=x.device) for name in _DIRECTIONS]
         for i, block in enumerate(self.blocks):
             args = (x, paths[i % 2])
-            x = checkpoint(block, *args) if self.grad_checkpointing and not torch.jit.is_scripting() else block(*args)
+            x = recomputed(self.grad_checkpointing, block, *args)
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:
