@@ -36,7 +36,7 @@ from torch import nn
 import vision_mamba
 from benchmarks import official_rsmamba, official_vim, official_vmamba
 from benchmarks.report import RESULTS, short_name, write_json, write_results
-from vision_mamba.engine.benchmark import Bench, measure
+from vision_mamba.engine.benchmark import CHECKPOINTED, Bench, measure
 from vision_mamba.engine.build import create_any_size
 
 
@@ -49,8 +49,6 @@ class Family:
     official: Callable[[Path, int], nn.Module] | None
     rows: tuple[tuple[int, int], ...]
 
-
-CHECKPOINTED = ("checkpointed", "selective")  # modes of training alone
 
 FAMILIES = {
     "vim": Family(

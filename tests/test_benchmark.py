@@ -89,6 +89,12 @@ def test_a_size_that_a_model_refuses_is_a_row(capsys):
     assert rows[1]["images_per_s"] > 0 and rows[1]["peer"] is None and rows[1]["speed_ratio"] is None
 
 
+def test_checkpointing_is_of_training():
+    rows = list(benchmark(["test_vim"], [(64, 1)], device="cpu", training=True, checkpointing=True, runs=1))
+    modes = [(row["what"], row["mode"]) for row in rows if row["error"] is None]
+    assert modes == [("inference", "eager"), *(("training", mode) for mode in ("eager", "checkpointed", "selective"))]
+
+
 def test_turns():
     """Each runs as often as was asked for, in turns, after one run to warm up; `once` runs once in all."""
     order = []
@@ -120,6 +126,7 @@ def test_turns():
         (["test_vim", "--img-size", 32, 64, "--batch-size", 1, 2, 3], "3 values for 2 sizes"),
         (["test_vim", "--img-size", 0], "at least 1"),
         (["test_vim", "--graph"], "CUDA graphs need a GPU"),
+        (["test_vim", "--checkpointing"], "give --train with --checkpointing"),
     ],
 )
 def test_mistakes_are_one_line_and_measure_nothing(tmp_path, capsys, arguments, words):

@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", action="store_true", help="training steps (forward and backward) too")
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
     parser.add_argument("--graph", action="store_true", help="as a CUDA graph too: the GPU's time without Python's")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="training with gradient checkpointing too: of blocks, and selective"
+    )
     parser.add_argument("--runs", type=int, default=9, help="of each model in each row (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -60,13 +63,14 @@ def main(argv: list[str] | None = None) -> None:
         training=args.train,
         compiled=args.compile,
         graph=args.graph,
+        checkpointing=args.checkpointing,
         runs=args.runs,
     )
 
     print(device_name(device))
     width = max(map(len, [*args.models, args.peer or ""]))
     against = f"  / {args.peer}: speed, memory" if args.peer else ""
-    print(f"{'model':{width}}  what       mode       size  batch         ms   images/s       MiB{against}")
+    print(f"{'model':{width}}  what       mode           size  batch         ms   images/s       MiB{against}")
     rows = []
     for row in found:
         print(format_row(row, width), flush=True)
@@ -78,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def format_row(row: dict[str, Any], width: int) -> str:
-    start = f"{row['model']:{width}}  {row['what']:9}  {row['mode']:8} {row['size']:6} {row['batch']:6}"
+    start = f"{row['model']:{width}}  {row['what']:9}  {row['mode']:12} {row['size']:6} {row['batch']:6}"
     if row["error"]:
         return f"{start}  {row['error']}"
 

@@ -32,6 +32,8 @@ COLUMNS = (
     "peer", "peer_images_per_s", "speed_ratio", "peer_mib", "memory_ratio", "error",
 )  # fmt: skip
 
+CHECKPOINTED = {"checkpointed": True, "selective": "selective"}  # modes of training alone
+
 
 class Bench:
     """Times and memory of one model's forward pass, or of its training step, on one device.
@@ -53,7 +55,7 @@ class Bench:
             model = timm.utils.reparameterize_model(model)  # a copy
         self.model = model.train(training)
         if hasattr(model, "set_grad_checkpointing"):  # the same model may be measured with it before
-            model.set_grad_checkpointing({"checkpointed": True, "selective": "selective"}.get(mode, False))
+            model.set_grad_checkpointing(CHECKPOINTED.get(mode, False))
         self.x, self.training, self.mode = x, training, mode
         self.forward = torch.compile(model) if mode == "compiled" else model
         self.cuda = x.is_cuda
@@ -190,6 +192,7 @@ def benchmark(
     training: bool = False,
     compiled: bool = False,
     graph: bool = False,
+    checkpointing: bool = False,
     runs: int = 9,
 ) -> Iterator[dict[str, Any]]:
     """Measures models, a peer beside them where one is named; gives a row of :data:`COLUMNS` as soon as it is known.
@@ -208,10 +211,12 @@ def benchmark(
         training: training steps too.
         compiled: ``torch.compile`` too.
         graph: the eager kernels replayed as one CUDA graph too: the device's time without Python's. On a GPU.
+        checkpointing: training with gradient checkpointing too, of whole blocks and of all but the scans.
         runs: of each model in each row; medians are given.
 
     Raises:
-        UserError: an unknown model, or ``graph`` without a GPU, before anything is measured.
+        UserError: an unknown model, ``graph`` without a GPU or ``checkpointing`` without ``training``, before anything
+            is measured.
     """
     every = list(dict.fromkeys([*names, *([peer] if peer else [])]))
     for name in every:
@@ -221,7 +226,10 @@ def benchmark(
     device = torch.device(device)
     if graph and device.type != "cuda":
         raise UserError("CUDA graphs need a GPU; leave out --graph")
+    if checkpointing and not training:
+        raise UserError("gradient checkpointing is of training; give --train with --checkpointing")
     modes = ("eager", *(["compiled"] if compiled else []), *(["graph"] if graph else []))
+    modes += tuple(CHECKPOINTED) if checkpointing else ()
     # Those that are compared take turns, and are all in memory.
     turns = [every] if peer else [[name] for name in every]
     return _rows(turns, settings, device, peer, (False, True) if training else (False,), modes, runs)
@@ -230,7 +238,7 @@ def benchmark(
 def _rows(turns, settings, device, peer, trainings, modes, runs) -> Iterator[dict[str, Any]]:
     for size, batch in settings:
         for train, mode in product(trainings, modes):
-            for names in turns:
+            for names in turns if train or mode not in CHECKPOINTED else []:
                 makers = {name: partial(_make, name, size, batch, device, training=train, mode=mode) for name in names}
                 found = measure(makers, runs)
                 for name in names:
