@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
     parser.add_argument("--graph", action="store_true", help="as a CUDA graph too: the GPU's time without Python's")
     parser.add_argument(
-        "--checkpointing", action="store_true", help="training with gradient checkpointing too: of blocks, and selective"
+        "--checkpointing",
+        action="store_true",
+        help="training with gradient checkpointing too: of blocks, and selective",
     )
     parser.add_argument("--runs", type=int, default=9, help="of each model in each row (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -56,7 +56,7 @@ class ModelConfig:
     checkpoint: str | None = _key(None, "start from this weights file; a head of another size is made new")
     grad_checkpointing: bool | str = _key(
         False,
-        "recompute blocks in backward: a fifth of Vim's memory, a third slower; selective: not the scans, half, 12 %",
+        "recompute blocks in backward: a fifth of Vim's memory, 27 % slower; selective: not the scans, half, 7 %",
         choices=("true", "false", "selective"),
     )
     freeze: list[str] = _key([], "parameter-name patterns (* and ?) or module prefixes that stay fixed")

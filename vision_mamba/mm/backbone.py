@@ -18,6 +18,7 @@ from .. import load_checkpoint
 from ..engine.graphs import TrainingGraphs
 from ..errors import nearest
 from ..layers import OverlapPatchEmbed
+from ..models._recompute import Recompute
 
 # Arguments that only some families have, with what this wrapper wants of those.
 _IF_SUPPORTED = ("dynamic_img_size", "feature_norms")
@@ -45,11 +46,11 @@ class VisionMambaBackbone(BaseModule):
         drop_path_rate: stochastic depth of the last block.
         frozen_stages: -1 trains everything; 0 fixes the stem (patch and position embedding), i also the first i stages
             (or blocks). Fixed parts stay in evaluation mode.
-        with_cp: recompute blocks in the backward pass: less memory, more time.
+        with_cp: recompute blocks in the backward pass: less memory, more time. ``"selective"``: all but their scans.
         cuda_graphs: on a GPU, replay training passes as CUDA graphs instead of launching their kernels from Python,
             which small batches wait for. The first batch of every size costs about a second; the memory that the
-            largest size needs is kept. Sizes beyond the first 64 run eagerly, with a warning. One process only, not
-            with ``with_cp``; drop rates are fixed with the first pass. More in
+            largest size needs is kept. Sizes beyond the first 64 run eagerly, with a warning. One process only; with
+            ``with_cp`` only without ``drop_path_rate``; drop rates are fixed with the first pass. More in
             :class:`vision_mamba.engine.graphs.TrainingGraphs`.
         in_channels: image channels.
         init_cfg: ``dict(type="Pretrained", checkpoint="FILE")`` loads official or own weights, also from files of whole
@@ -70,7 +71,7 @@ class VisionMambaBackbone(BaseModule):
         img_size: int | tuple[int, int] | None = None,
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,
-        with_cp: bool = False,
+        with_cp: Recompute = False,
         cuda_graphs: bool = False,
         in_channels: int = 3,
         init_cfg: dict[str, Any] | None = None,
@@ -103,7 +104,7 @@ class VisionMambaBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self._register_load_state_dict_pre_hook(self._take_official_names)
         if with_cp:
-            self.model.set_grad_checkpointing(True)
+            self.model.set_grad_checkpointing(with_cp)
         self._freeze()
         self._graphs = TrainingGraphs() if cuda_graphs else None
 
