@@ -21,6 +21,7 @@ from vision_mamba.models.vim import (
     remove_tokens,
     resample_pos_embed,
 )
+from vision_mamba.ops.backend import load_backend
 
 
 def small(**kwargs):
@@ -371,3 +372,19 @@ def test_additions_within_norms(training):
         handle.remove()
     model.set_grad_checkpointing()
     assert not model._adds_within_norms(images)
+
+
+def test_selective_checkpointing_compiled(monkeypatch):
+    """PyTorch's own then, which a compiler can trace; no scan is run a second time there either."""
+    backend, runs = load_backend("cpu"), []
+    run = backend.selective_scan_forward
+    monkeypatch.setattr(backend, "selective_scan_forward", lambda *given: runs.append(None) or run(*given))
+    model, images = timm.create_model("test_vim").train(), torch.randn(1, 3, 64, 64)
+    expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
+    runs.clear()
+    model.set_grad_checkpointing("selective")
+    compiled = torch.compile(model, backend="aot_eager")
+    found = torch.autograd.grad(compiled(images).square().sum(), list(model.parameters()))
+    assert len(runs) == len(model.blocks)
+    for (name, _), gradient, wanted in zip(model.named_parameters(), found, expected, strict=True):
+        assert_close(name, gradient, wanted, 1e-5)

@@ -96,6 +96,7 @@ class RegionEncoder(nn.Module):
         """Recompute in backward: whole chunks of regions, or blocks where all regions are one chunk.
 
         With chunks, what is kept for backward is the chunks' pixels and maps, and one chunk is recomputed at a time.
+        ``"selective"`` keeps what scans gave, too: that of all chunks.
         """
         chunked = self.region_chunk is not None
         self.grad_checkpointing = checked(enable) if chunked else False

@@ -280,7 +280,7 @@ def scan_forward_kernel(
     S2: gl.constexpr = _rows_layout(T, NP, WARPS)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     H2: gl.constexpr = _plane_layout(QC, NH, LC, WARPS)
-    S2B: gl.constexpr = _border_layout(QC, NH, NX, LC, WARPS)
+    B2: gl.constexpr = _border_layout(QC, NH, NX, LC, WARPS)
     # Sums of so many steps are written at once.
     SUMS: gl.constexpr = min(T, 32 // QC)
     Y5: gl.constexpr = gl.SliceLayout(2, _tile_layout(SUMS, QC, NH, LC, WARPS))
@@ -307,7 +307,7 @@ def scan_forward_kernel(
     state, channel = _lanes(QC, NH, NX, LC, D5)
     nc_ok = (state < N) & (block * BLOCK + channel < per_group)
     plane_at, p_ok = _plane_places(group, block, per_group, border_n, N, NP, BLOCK, ALIGN, H2)
-    state_at, h_ok = _border_places(group, block, per_group, NP, BLOCK, S2B)
+    state_at, h_ok = _border_places(group, block, per_group, NP, BLOCK, B2)
     exponent_at, e_ok = _exponent_places(group, block, groups, per_group, BLOCK, QC, NX, LC, D5)
     exponent_at = dim * NP + 2 * exponent_at
     quarter = 2 * groups * ((per_group + 15) // 16)
@@ -403,7 +403,7 @@ def scan_forward_kernel(
                     if r % CHUNK == 0:
                         if (saves != 0) & (t0 + r < end) & ((t0 + r) % CHUNK == 0):
                             border = states + ((image * num_chunks + (t0 + r) // CHUNK) * num_paths + k) * border_size
-                            _save_state(border, h, state_at, h_ok, exponent_at, e_ok, quarter, S2B, D5)
+                            _save_state(border, h, state_at, h_ok, exponent_at, e_ok, quarter, B2, D5)
                 x = _channels_of(dtu_rows, r, D5) * _states_of(b_rows, r, D5)
                 h = gl.exp2(_channels_of(dt_rows, r, D5) * a2) * h + x
                 if y is not None:
@@ -465,7 +465,7 @@ def scan_backward_kernel(
     C5: gl.constexpr = gl.SliceLayout(1, H5)
     H2: gl.constexpr = _plane_layout(QC, NH, LC, 1)
     ROW: gl.constexpr = NP // 2 if states.dtype.element_ty == gl.int32 else NP
-    S2B: gl.constexpr = _border_layout(QC, ROW // NX, NX, LC, 1)
+    B2: gl.constexpr = _border_layout(QC, ROW // NX, NX, LC, 1)
     FLAT5: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
     # Lanes that stand along the channels write 16 bytes each, to different banks.
     MIXED: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0])
@@ -496,7 +496,7 @@ def scan_backward_kernel(
     state, channel = _lanes(QC, NH, NX, LC, D5)
     nc_ok = (state < N) & (block * BLOCK + channel < per_group)
     plane_at, p_ok = _plane_places(group, block, per_group, border_n, N, NP, BLOCK, ALIGN, H2)
-    state_at, h_ok = _border_places(group, block, per_group, ROW, BLOCK, S2B)
+    state_at, h_ok = _border_places(group, block, per_group, ROW, BLOCK, B2)
     exponent_at, e_ok = _exponent_places(group, block, groups, per_group, BLOCK, QC, NX, LC, D5)
     exponent_at += dim * ROW
     border_size = border_size // 16 * 16
