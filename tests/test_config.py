@@ -63,8 +63,10 @@ def test_overrides_and_numbers_without_a_dot(tmp_path):
     assert config.model.freeze == ["head", "a.*"]
 
 
-def test_saved_config_loads_again(tmp_path):
-    config = load(tmp_path, "", "data.source=x", "augment.mixup=0.2")
+@pytest.mark.parametrize("checkpointing", ["false", "true", "selective"])
+def test_saved_config_loads_again(tmp_path, checkpointing):
+    config = load(tmp_path, "", "data.source=x", "augment.mixup=0.2", f"model.grad_checkpointing={checkpointing}")
+    assert config.model.grad_checkpointing == yaml.safe_load(checkpointing)
     assert config_to_dict(load(tmp_path, dump_config(config))) == config_to_dict(config)
 
 
@@ -92,6 +94,13 @@ def test_changed_keys_skips_what_may_change():
         ("", "train.compile=1", "train.compile must be true or false"),
         ("", "train.amp=bf61", "did you mean 'bf16'"),
         ("train: {compile: true, cuda_graphs: true}", "data.source=x", "train.cuda_graphs and train.compile"),
+        (
+            "model: {grad_checkpointing: true, drop_path_rate: 0.1}\ntrain: {cuda_graphs: true}",
+            "data.source=x",
+            "train.cuda_graphs with model.grad_checkpointing cannot drop the same paths again",
+        ),
+        ("", "model.grad_checkpointing=selectiv", "one of true, false, selective, .*did you mean 'selective'"),
+        ("", "model.grad_checkpointing=1", "model.grad_checkpointing must be true or false or text"),
         ("", "model.freeze=head", "model.freeze must be a list of texts"),
         ("", "seven", "not of the form section.key=value"),
         ("model: 3", "data.source=x", "config section 'model' must hold keys"),

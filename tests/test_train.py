@@ -319,7 +319,7 @@ def test_fine_tuning_takes_the_trunk_and_leaves_frozen_parts(settings, tmp_path)
     run(settings, tmp_path / "first", *model)
     five = make_images(tmp_path / "five", classes=5, train=8, val=2)
     start = f"model.checkpoint={tmp_path / 'first' / 'best.pth'}"
-    tuning = ["model.freeze=[patch_embed]", "model.grad_checkpointing=true", "optimizer.layer_decay=0.7"]
+    tuning = ["model.freeze=[patch_embed]", "model.grad_checkpointing=selective", "optimizer.layer_decay=0.7"]
     run(settings, tmp_path / "second", *model, start, *tuning, f"data.source={five}", "train.amp=bf16")
     first, second = (read(tmp_path / name / "best.pth")["state_dict"] for name in ("first", "second"))
     frozen = [name for name in first if name.startswith("patch_embed")]
