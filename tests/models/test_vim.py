@@ -13,6 +13,7 @@ from tests.conftest import assert_close
 from tests.golden import recipe
 from tests.golden.make_vim_options import from_official_arguments
 from tests.models.golden import FOLDER, check_case, load_case
+from tests.ops.backends import record_scans
 from vision_mamba.models.vim import (
     VisionMamba,
     checkpoint_filter_fn,
@@ -21,7 +22,6 @@ from vision_mamba.models.vim import (
     remove_tokens,
     resample_pos_embed,
 )
-from vision_mamba.ops.backend import load_backend
 
 
 def small(**kwargs):
@@ -376,9 +376,7 @@ def test_additions_within_norms(training):
 
 def test_selective_checkpointing_compiled(monkeypatch):
     """PyTorch's own then, which a compiler can trace; no scan is run a second time there either."""
-    backend, runs = load_backend("cpu"), []
-    run = backend.selective_scan_forward
-    monkeypatch.setattr(backend, "selective_scan_forward", lambda *given: runs.append(None) or run(*given))
+    runs = record_scans("cpu", monkeypatch)
     model, images = timm.create_model("test_vim").train(), torch.randn(1, 3, 64, 64)
     expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
     runs.clear()

@@ -11,6 +11,8 @@ import os
 import pytest
 import torch
 
+from vision_mamba.ops.backend import load_backend
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if CUDA else "cpu"  # of the Triton backend
@@ -27,3 +29,11 @@ TRITON = pytest.param("triton", marks=kernels)
 
 def device_of(backend: str) -> str:
     return DEVICE if backend == "triton" else "cpu"
+
+
+def record_scans(backend: str, monkeypatch) -> list[None]:
+    """An entry for each forward pass of the scan from now on."""
+    module, runs = load_backend(backend), []
+    run = module.selective_scan_forward
+    monkeypatch.setattr(module, "selective_scan_forward", lambda *given: runs.append(None) or run(*given))
+    return runs

@@ -7,9 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from tests.conftest import assert_close
-from tests.ops.backends import DEVICE, TRITON, device_of, needs_gpu
+from tests.ops.backends import DEVICE, TRITON, device_of, needs_gpu, record_scans
 from vision_mamba.ops import add_norm, causal_conv1d, selective_scan
-from vision_mamba.ops.backend import load_backend
 from vision_mamba.ops.selective_scan import keep_scans
 
 BACKENDS = ["cpu", TRITON]
@@ -126,9 +125,7 @@ def test_activation_checkpointing_gives_equal_gradients(backend, use_reentrant):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_selective_checkpointing_runs_a_scan_once(backend, monkeypatch):
-    module, runs = load_backend(backend), []
-    run = module.selective_scan_forward
-    monkeypatch.setattr(module, "selective_scan_forward", lambda *given: runs.append(None) or run(*given))
+    runs = record_scans(backend, monkeypatch)
     layer, x = Mixer(backend).to(device_of(backend)), tokens(backend).requires_grad_()
     expected = gradients(layer, layer, x)
     runs.clear()

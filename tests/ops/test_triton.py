@@ -17,6 +17,7 @@ import torch
 
 from tests.ops.backends import CUDA, DEVICE, INTERPRETED, TOLERANCE, kernels, needs_gpu
 from tests.ops.gluon_interpreter import emulate
+from vision_mamba.ops.backend import load_backend
 from vision_mamba.ops.causal_conv1d import causal_conv1d
 from vision_mamba.ops.selective_scan import selective_scan
 
@@ -134,6 +135,14 @@ def check_scan(case: Case, monkeypatch) -> None:
     assert_near(results(case, given, "triton"), reference, TOLERANCE[case.dtype])
 
 
+def use_gluon(module, monkeypatch) -> None:
+    """The kernels in Gluon, emulated in the interpreter; the test is skipped where there are none."""
+    if INTERPRETED:
+        emulate(monkeypatch, module)
+    elif not module.HAS_GLUON:
+        pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
+
+
 def record_launches(module, monkeypatch) -> list[tuple[str, dict, int]]:
     """Name, arguments and warps of the kernels that are launched from now on."""
     launched = []
@@ -218,15 +227,13 @@ GLUON = [
 def test_gluon_scan_agrees_with_the_reference(case, block, monkeypatch):
     from vision_mamba.ops.triton import selective_scan as module
 
+    use_gluon(module, monkeypatch)
     if INTERPRETED:
         if GLUON.index(case) % 2 == (block == 16):
             pytest.skip("too slow in the interpreter: each case with one block of channels, in turn")
-        emulate(monkeypatch, module)
         # More than one saved state (two spans where they are cut), and channels that fill no block.
         length, dim = min(case.length, 33 if case.programs else 17), min(case.dim, 18)
         case = dataclasses.replace(case, length=length, dim=dim, batch=1)
-    elif not module.HAS_GLUON:
-        pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
     config = module._gluon_forward_config(case.num_states, torch.device("meta"), 10**6, case.length)
     monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config._replace(block=block))
     launched = record_launches(module, monkeypatch)
@@ -242,10 +249,7 @@ def test_border_states_of_any_size(states, block, several, monkeypatch):
     """They are saved in 16 bits, of which five are the exponent's: far less than a state's range."""
     from vision_mamba.ops.triton import selective_scan as module
 
-    if INTERPRETED:
-        emulate(monkeypatch, module)
-    elif not module.HAS_GLUON:
-        pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
+    use_gluon(module, monkeypatch)
     config = module._gluon_forward_config(states, torch.device("meta"), 10**6, 35)._replace(block=block)
     if several:
         config = shared_config(module, states, block)
@@ -286,12 +290,9 @@ def shared_config(module, states, block):
 def test_gluon_scan_by_several_warps_agrees_with_the_reference(case, block, monkeypatch):
     from vision_mamba.ops.triton import selective_scan as module
 
-    if INTERPRETED:
-        if case.length > 100:
-            pytest.skip("too slow in the interpreter")
-        emulate(monkeypatch, module)
-    elif not module.HAS_GLUON:
-        pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
+    if INTERPRETED and case.length > 100:
+        pytest.skip("too slow in the interpreter")
+    use_gluon(module, monkeypatch)
     config = shared_config(module, case.num_states, block)
     monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config)
     launched = record_launches(module, monkeypatch)
@@ -309,10 +310,7 @@ def test_gradient_of_the_step_sizes_over_them(kernel, monkeypatch):
     from vision_mamba.ops.triton import selective_scan as module
 
     if kernel != "portable":
-        if INTERPRETED:
-            emulate(monkeypatch, module)
-        elif not module.HAS_GLUON:
-            pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
+        use_gluon(module, monkeypatch)
     if kernel == "spans":
         as_if_programs_fill_the_device(module, 60, monkeypatch)
     length, dim = (35, 18) if INTERPRETED else (197, 96)
@@ -331,8 +329,7 @@ def test_gradient_of_the_step_sizes_over_them(kernel, monkeypatch):
             over.append((overwrite, grads[1].data_ptr() == inputs[4].data_ptr()))
             return grads
 
-        monkeypatch.setattr(module, "selective_scan_backward", backward)
-        monkeypatch.setattr(sys.modules["vision_mamba.ops.triton"], "selective_scan_backward", backward)
+        monkeypatch.setattr(load_backend("triton"), "selective_scan_backward", backward)
         y = selective_scan(delta=delta, delta_weight=weight, delta_softplus=True, backend="triton", **given)
         found.append(torch.autograd.grad(y.float().square().sum(), leaves))
         assert over == [(True, own)]
@@ -348,10 +345,7 @@ def test_y_over_the_step_sizes(kernel, monkeypatch):
     states = 3 if kernel == "portable" else 16
     length, dim = (33, 18) if INTERPRETED else (197, 96)
     if kernel != "portable":
-        if INTERPRETED:
-            emulate(monkeypatch, module)
-        elif not module.HAS_GLUON:
-            pytest.skip("needs Triton 3.6 and an NVIDIA GPU")
+        use_gluon(module, monkeypatch)
         config = module._gluon_forward_config(states, torch.device("meta"), 10**6, length)
         if kernel == "shared":
             config = shared_config(module, states, 16)

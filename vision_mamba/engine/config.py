@@ -455,11 +455,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
                 return float(value)
             except ValueError:
                 pass
-    elif (
-        kind in (int, bool, str, dict, list)
-        and isinstance(value, kind)
-        and not (kind is int and isinstance(value, bool))
-    ):
+    elif kind in (int, str, dict, list) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     elif typing.get_origin(kind) is list and isinstance(value, (list, tuple)):
         (item,) = typing.get_args(kind)

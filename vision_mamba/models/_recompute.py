@@ -43,19 +43,17 @@ def recomputed(enable: Recompute, function: Callable[..., Any], *args: Any) -> A
         RuntimeError: a CUDA graph is captured, and the function draws random numbers: a graph cannot draw the same
             ones again.
     """
-    if not enable or torch.jit.is_scripting():
+    if not enable:
         return function(*args)
+    compiling = torch.compiler.is_compiling()
     options: dict[str, Any] = {}
-    if torch.compiler.is_compiling():
-        if enable == "selective":
-            scan = torch.ops.vision_mamba.selective_scan.default
-            options = {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, [scan])}
-        return checkpoint(function, *args, **options)
     if enable == "selective":
-        options = {"use_reentrant": False, "context_fn": keep_scans}
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        scan = torch.ops.vision_mamba.selective_scan.default
+        theirs = partial(create_selective_checkpoint_contexts, [scan])
+        options = {"use_reentrant": False, "context_fn": theirs if compiling else keep_scans}
+    if not compiling and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         _draws_nothing(function if isinstance(function, nn.Module) else function.__self__)  # type: ignore[attr-defined]
-        options["preserve_rng_state"] = False  # it waits for the device
+        options["preserve_rng_state"] = False  # the state cannot be asked for in a capture
     return checkpoint(function, *args, **options)
 
 

@@ -349,7 +349,7 @@ def _gradients(options, tensors, states, dy, dlast_state, overwrite_delta=False)
     if dy is None:
         batch, length, num_paths, dim = delta.shape
         dy = u.new_zeros((batch, length, dim) if merge else (batch, length, num_paths, dim))
-    run: Callable = partial(_backward, overwrite_delta=overwrite_delta)
+    run = partial(_backward, overwrite_delta=overwrite_delta)
     if derivative_needs_operator(dy, dlast_state, states, *tensors):
         run = torch.ops.vision_mamba.selective_scan_backward
     grads = iter(run(dy, dlast_state, states, *tensors, delta_softplus, merge, backend))

@@ -134,8 +134,7 @@ def _border_places(group, block, per_group, ROW: gl.constexpr, BLOCK: gl.constex
     """Where the [channels, states] of a block lie in a border, ROW a channel, 32 bits, and which of them exist."""
     inside = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
     n = gl.arange(0, ROW, gl.SliceLayout(0, layout))
-    at = ((group * per_group + inside) * ROW)[:, None] + n[None, :]
-    return at, (inside < per_group)[:, None] & (n < ROW)[None, :]
+    return ((group * per_group + inside) * ROW)[:, None] + n[None, :], (inside < per_group)[:, None]
 
 
 @gluon.jit
@@ -150,7 +149,7 @@ def _exponent_places(
     inside = block * BLOCK + lc * QC
     of_group = (per_group + 15) // 16
     at = nx * 4 // NX * (groups * of_group) + (group * of_group + inside // 16)
-    return at, (nx < NX) & (inside < per_group)
+    return at, inside < per_group
 
 
 @gluon.jit
