@@ -1,5 +1,7 @@
 """The CPU kernels on several threads: what one thread gives. Work as short as the tests' is not shared out otherwise."""
 
+import numba
+import numpy as np
 import pytest
 import torch
 
@@ -13,15 +15,18 @@ from vision_mamba.ops.cpu import selective_scan as scans
 
 @pytest.fixture
 def on_threads(monkeypatch):
-    """``on_threads(number, function)`` calls it on so many; the kernels' parts that ran are in ``parts``."""
+    """``on_threads(number, function)`` calls it on so many; into how many parts kernels were cut is in ``parts``."""
     parts = []
 
-    def counted(kernel, num_tasks, nanoseconds, *args):
-        def part(start, stop, *given):
-            parts.append((start, stop))
-            kernel(start, stop, *given)
+    def counted(tasks, num_tasks, nanoseconds, *args):
+        calls = []
+
+        def part(openmp, threads, start, stop, *given):
+            calls.append(threads)
+            tasks(openmp, threads, start, stop, *given)
 
         runtime.run_tasks(part, num_tasks, nanoseconds, *args)
+        parts.append(sum(calls))
 
     for module in (norms, convolutions, scans):
         monkeypatch.setattr(module, "run_tasks", counted)
@@ -73,23 +78,38 @@ def test_shared_out_work_is_the_same(compute, own_threads, on_threads, monkeypat
     if own_threads:  # where torch has no OpenMP of GNU's
         monkeypatch.setattr(runtime, "_openmp", lambda: None)
     alone = on_threads(3, compute)
-    assert all(start == 0 for start, _ in on_threads.parts)  # short work
+    assert set(on_threads.parts) == {1}  # short work
     monkeypatch.setattr(runtime, "_WORTH", 1)
     shared = on_threads(3, compute)
-    assert any(start > 0 for start, _ in on_threads.parts)
+    assert set(on_threads.parts) > {1} or set(on_threads.parts) == {3}
     for number, (a, b) in enumerate(zip(alone, shared, strict=True)):
         assert_close(f"result {number}", b, a, 1e-13)
 
 
-def test_an_error_in_a_part_arrives(monkeypatch):
-    def kernel(start, stop):
-        if start:
-            raise RuntimeError("in the second part")
+@numba.njit
+def _fails_in_the_second_part(start, stop, marks):
+    marks[start] = stop
+    if start == 1:
+        raise ValueError("no memory")
 
-    before = torch.get_num_threads()
+
+_on_team = runtime.team(_fails_in_the_second_part)
+
+
+@numba.njit(nogil=True)
+def _tasks(openmp, threads, start, stop, *args):
+    _on_team(openmp, threads, start, stop, args)
+
+
+@pytest.mark.parametrize("own_threads", [False, True])
+def test_an_error_in_a_part_arrives(own_threads, monkeypatch):
+    if own_threads:
+        monkeypatch.setattr(runtime, "_openmp", lambda: None)
+    marks, before = np.zeros(3, np.int64), torch.get_num_threads()
     try:
-        torch.set_num_threads(2)
-        with pytest.raises(RuntimeError, match="in the second part"):
-            runtime.run_tasks(kernel, 2, 1e9)
+        torch.set_num_threads(3)
+        with pytest.raises(MemoryError, match="no memory"):
+            runtime.run_tasks(_tasks, 3, 1e9, marks)
     finally:
         torch.set_num_threads(before)
+    assert marks.tolist() == [1, 2, 3]  # the other parts ran

@@ -1,4 +1,4 @@
-"""What the CPU kernels share: vectorisable exp, tensor views, a thread pool."""
+"""What the CPU kernels share: vectorisable exp, tensors' memory, threads."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
+from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -104,17 +105,37 @@ def _softplus(x):
     return lambda x: max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-def flat(tensor: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The tensor's memory as a 1-D array from its first element on, and its strides in elements.
+@intrinsic
+def _pointer(typing_context, address, number):
+    return types.CPointer(number)(types.intp, number), lambda context, builder, signature, values: builder.inttoptr(
+        values[0], context.get_value_type(signature.return_type)
+    )
 
-    Broadcast (stride 0) and sliced tensors need no copy; only the last axis must be dense.
+
+ZEROS = {torch.float32: np.float32(0), torch.float64: np.float64(0)}  # say a kernel in what it computes
+ANY = (1 << 48,)  # the shape of a row whose end nobody needs to know
+
+
+@numba.njit(**KERNEL)
+def memory(address, number, shape):
+    """What lies at an address, as a dense array of numbers like this one."""
+    return numba.carray(_pointer(address, number), shape)
+
+
+def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this dtype, with a dense last axis; other axes may be broadcast or sliced.
+
+    Kernels take addresses, which the caller's tensor has to outlive: several times faster than an array of numpy's for
+    each, and small models wait for Python.
     """
-    tensor = tensor.detach()
-    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
-        tensor = tensor.contiguous()
-    strides = tensor.stride()
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
-    return tensor.as_strided((span,), (1,)).numpy(), strides
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of the first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @numba.njit(cache=True)
@@ -131,21 +152,18 @@ def _first_bad_path(paths):
     return -1
 
 
-def check_paths(paths: Tensor) -> np.ndarray:
-    """(K, L) int32 as an array; an index outside the image would be a write to foreign memory."""
-    array = paths.contiguous().numpy()
-    bad = _first_bad_path(array)
+def check_paths(paths: Tensor) -> Tensor:
+    """(K, L) int32, dense; an index outside the image would be a write to foreign memory."""
+    paths = paths.contiguous()
+    bad = _first_bad_path(paths.numpy())
     if bad >= 0:
-        raise ValueError(f"paths[{bad}] is not a permutation of the {array.shape[1]} token indices")
-    return array
-
-
-_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        raise ValueError(f"paths[{bad}] is not a permutation of the {paths.shape[1]} token indices")
+    return paths
 
 
 @functools.cache
-def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP runtime (GNU's) that torch has loaded, or None.
+def _openmp() -> int | None:
+    """Where ``GOMP_parallel`` of the OpenMP runtime (GNU's) is that torch has loaded, or None.
 
     torch's idle workers spin for milliseconds after each operation. Threads of our own would share the cores with
     them (Vim-Ti took a third longer on two cores), so the kernels run on those very workers.
@@ -160,10 +178,7 @@ def _openmp() -> ctypes.CDLL | None:
     chosen = of_torch or (sorted(libraries) if len(libraries) == 1 else [])
     if not chosen:
         return None
-    openmp = ctypes.CDLL(chosen[0])
-    openmp.GOMP_parallel.argtypes = [_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    openmp.GOMP_parallel.restype = None
-    return openmp
+    return ctypes.cast(ctypes.CDLL(chosen[0]).GOMP_parallel, ctypes.c_void_p).value
 
 
 @functools.cache
@@ -172,13 +187,86 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="vision_mamba")
 
 
-# A second thread gets its part some 80 us after the first: it waits for Python's lock, as long as it takes to unpack a
-# kernel's arguments.
-_WORTH = 150_000
+def team(kernel: Callable) -> Callable:
+    """For compiled code: ``kernel(from, to, *args)`` over a range in parts, on threads of OpenMP if there are several.
+
+    Machine code from end to end: a thread that came in through Python would first wait, asleep, for Python's lock.
+    The function that is returned takes ``(openmp, threads, start, stop, args)``.
+    """
+
+    def run(typing_context, openmp, threads, start, stop, args):
+        kind = typing_context.resolve_value_type(kernel).get_call_type(
+            typing_context, (types.intp, types.intp, *args.types), {}
+        )
+
+        def generate(context, builder, signature, values):
+            compiled = kernel.get_compile_result(kind)
+            context.add_linking_libs([compiled.library])
+            return _emit_team(context, builder, compiled.fndesc, *values)
+
+        return types.void(types.intp, types.intp, types.intp, types.intp, args), generate
+
+    return intrinsic(run)
 
 
-def run_tasks(kernel: Callable, num_tasks: int, nanoseconds: float, *args) -> None:
-    """Call ``kernel(start, stop, *args)`` over ``range(num_tasks)`` on up to ``torch.get_num_threads()`` threads.
+def _emit_team(context, builder, kernel, openmp, threads, start, stop, args):
+    word, count, place = start.type, ir.IntType(32), ir.IntType(8).as_pointer()
+    zero, one = ir.Constant(word, 0), ir.Constant(word, 1)
+    # For the threads to see: parts taken, parts failed, how many there are, their range, the arguments.
+    shared = ir.LiteralStructType([word, word, word, word, word, args.type])
+    data = cgutils.alloca_once(builder, shared)
+    for index, value in enumerate((zero, zero, threads, start, stop, args)):
+        builder.store(value, cgutils.gep_inbounds(builder, data, 0, index))
+
+    body_kind = ir.FunctionType(ir.VoidType(), [place])
+    body = ir.Function(builder.module, body_kind, builder.module.get_unique_name("parts"))
+    body.linkage = "internal"
+    inner = ir.IRBuilder(body.append_basic_block())
+    fields = inner.bitcast(body.args[0], shared.as_pointer())
+    taken, failed, *fields = [cgutils.gep_inbounds(inner, fields, 0, index) for index in range(6)]
+    parts, first, end, given = [inner.load(field) for field in fields]
+    again, work, done = [body.append_basic_block() for _ in range(3)]
+    inner.branch(again)
+    # Whoever comes takes the next part: the runtime may give fewer threads than asked for.
+    inner.position_at_end(again)
+    part = inner.atomic_rmw("add", taken, one, "monotonic")
+    inner.cbranch(inner.icmp_signed("<", part, parts), work, done)
+    inner.position_at_end(work)
+    bounds = [
+        inner.add(first, inner.sdiv(inner.mul(inner.sub(end, first), number), parts))
+        for number in (part, inner.add(part, one))
+    ]
+    status, _ = context.call_conv.call_function(
+        inner,
+        context.declare_function(builder.module, kernel),
+        kernel.restype,
+        kernel.argtypes,
+        [*bounds, *cgutils.unpack_tuple(inner, given)],
+    )
+    inner.atomic_rmw("add", failed, inner.zext(status.is_error, word), "monotonic")
+    inner.branch(again)
+    inner.position_at_end(done)
+    inner.ret_void()
+
+    data = builder.bitcast(data, place)
+    with builder.if_else(builder.icmp_signed(">", threads, one)) as (several, alone):
+        with several:
+            parallel = ir.FunctionType(ir.VoidType(), [body_kind.as_pointer(), place, count, count]).as_pointer()
+            number = builder.trunc(threads, count)
+            builder.call(builder.inttoptr(openmp, parallel), [body, data, number, ir.Constant(count, 0)])
+        with alone:
+            builder.call(body, [data])
+    failed = cgutils.gep_inbounds(builder, builder.bitcast(data, shared.as_pointer()), 0, 1)
+    with cgutils.if_unlikely(builder, builder.icmp_signed("!=", builder.load(failed), zero)):
+        context.call_conv.return_user_exc(builder, MemoryError, ("a kernel found no memory for its work",))
+    return context.get_dummy_value()
+
+
+_WORTH = 40_000  # nanoseconds of work that are worth another thread
+
+
+def run_tasks(tasks: Callable, num_tasks: int, nanoseconds: float, *args) -> None:
+    """A kernel's ``tasks(openmp, threads, start, stop, *args)``: ``num_tasks`` on ``torch.get_num_threads()`` threads.
 
     The kernels release the GIL. Several Python threads may call at once, which numba's own layer does not allow.
 
@@ -186,29 +274,14 @@ def run_tasks(kernel: Callable, num_tasks: int, nanoseconds: float, *args) -> No
         nanoseconds: about what one thread takes for all of it; short work is not shared out.
     """
     threads = min(torch.get_num_threads(), num_tasks, max(int(nanoseconds / _WORTH), 1))
-    if threads <= 1:
-        kernel(0, num_tasks, *args)
+    openmp = _openmp() if threads > 1 else 0
+    if openmp is not None:
+        tasks(openmp, threads, 0, num_tasks, *args)
         return
     bounds = [num_tasks * i // threads for i in range(threads + 1)]
-    openmp = _openmp()
-    if openmp is None:
-        futures = [
-            _pool(os.getpid(), threads).submit(kernel, start, stop, *args) for start, stop in itertools.pairwise(bounds)
-        ]
-        for future in futures:
-            future.result()
-        return
-
-    parts, errors = itertools.count(), []
-
-    def body(_) -> None:
-        # Whoever comes takes the next part: the runtime may give fewer threads than asked for.
-        while (part := next(parts)) < threads:
-            try:
-                kernel(bounds[part], bounds[part + 1], *args)
-            except BaseException as error:  # must not cross the C frame
-                errors.append(error)
-
-    openmp.GOMP_parallel(_Body(body), None, threads, 0)
-    if errors:
-        raise errors[0]
+    futures = [
+        _pool(os.getpid(), threads).submit(tasks, 0, 1, start, stop, *args)
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    for future in futures:
+        future.result()

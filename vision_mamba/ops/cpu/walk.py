@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -25,6 +26,8 @@ from .runtime import EXP2, KERNEL
 LANES = 16
 _TOGETHER = 4  # states of the backward step that share what is read of a channel
 _FUSED = ("contract",)
+# numba puts a function's flags on all its instructions, and `reassoc` would cancel the rounding trick of exp2.
+_WALK = KERNEL | {"fastmath": set(_FUSED)}
 
 
 class _Step:
@@ -93,15 +96,16 @@ class _Step:
         low, high = self.constant(-126.0), self.constant(128.0)
         x = self.builder.select(self.builder.fcmp_ordered("<", x, low), low, x)
         x = self.builder.select(self.builder.fcmp_ordered(">", x, high), high, x)
-        whole = self._call("llvm.roundeven", x)
-        part = self.builder.fsub(x, whole)
+        # Adding 1.5 * 2**23 rounds to the nearest integer, which then stands in the low bits: shifted by 23 they are
+        # what is to be added to the exponent of the power.
+        shifted = self.builder.fadd(x, self.constant(12582912.0))
+        part = self.builder.fsub(x, self.builder.fsub(shifted, self.constant(12582912.0)))
         power = self.constant(EXP2[0])
         for coefficient in EXP2[1:]:
             power = self.add(self.times(power, part), self.constant(coefficient))
         integers = ir.VectorType(ir.IntType(32), LANES)
-        exponent = self.builder.shl(self.builder.fptosi(whole, integers), ir.Constant(integers, [23] * LANES))
-        scale = self.builder.add(exponent, ir.Constant(integers, [0x3F800000] * LANES))
-        return self.times(power, self.builder.bitcast(scale, self.vector))
+        whole = self.builder.shl(self.builder.bitcast(shifted, integers), ir.Constant(integers, [23] * LANES))
+        return self.builder.bitcast(self.builder.add(self.builder.bitcast(power, integers), whole), self.vector)
 
     def _call(self, name: str, x: ir.Value) -> ir.Value:
         kind = "f64" if isinstance(self.scalar, ir.DoubleType) else "f32"
@@ -220,6 +224,19 @@ def _walk_back(typing_context, before, after, decay, a, b, c, dt, dtu, dout, g, 
 
 
 @numba.njit(**KERNEL)
+def row(channels, like):
+    """Zeros of the dtype of ``like``, of which no vector lies across two lines of the cache."""
+    buffer = np.zeros(channels + LANES, like.dtype)
+    first = (-buffer.ctypes.data // buffer.itemsize) % LANES
+    return buffer[first : first + channels]
+
+
+@numba.njit(**KERNEL)
+def tile(rows, channels, like):
+    return row(rows * channels, like).reshape(rows, channels)
+
+
+@numba.njit(**_WALK)
 def walk(before, after, decay, a, b, c, dt, dtu, total):
     """after = exp2(dt * a) * before + dtu * b; total += sum over states of c * after; exp2(dt * a) into ``decay``.
 
@@ -228,13 +245,13 @@ def walk(before, after, decay, a, b, c, dt, dtu, total):
     _walk(before, after, decay, a, b, c, dt, dtu, total)
 
 
-@numba.njit(**KERNEL)
+@numba.njit(**_WALK)
 def add_product(a, b, total):
     """total += sum over n of b[n] * a[n]."""
     _add_product(a, b, total)
 
 
-@numba.njit(**KERNEL)
+@numba.njit(**_WALK)
 def walk_back(before, after, decay, a, b, c, dt, dtu, dout, g, da, gb, gdt, sum_b, sum_c):
     """The reverse of ``walk``, where ``dout`` is the gradient of ``total``.
 
