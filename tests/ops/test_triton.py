@@ -611,6 +611,39 @@ def test_other_lengths_compile_nothing_new():
 
 @gpu
 @needs_gpu
+@pytest.mark.parametrize("states", [1, 16])
+def test_kernels_of_spans_are_compiled_together(states, monkeypatch, tmp_path):
+    triton = pytest.importorskip("triton")
+    if not hasattr(triton, "AsyncCompileMode"):
+        pytest.skip("this Triton compiles one kernel at a time")
+    from triton.runtime import _async_compile
+    from triton.runtime.jit import JITFunction
+
+    from vision_mamba.ops.triton import runtime
+    from vision_mamba.ops.triton import selective_scan as module
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(runtime, "_compiled", set())
+    gluon = module._uses_gluon(states, torch.device(DEVICE))
+    used = {*module._kernels(module._forward_config(states)._replace(gluon=gluon)), module._link_spans_kernel}
+    for kernel in {*used, module._add_partials_kernel}:  # as in a new process
+        monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.device_caches.default_factory))
+    together = []
+    compile_one = JITFunction._do_compile
+
+    def record(kernel, *args, **options):
+        together.append(_async_compile.active_mode.get() is not None)
+        return compile_one(kernel, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", record)
+    case = Case(1000, 96, states, 2, merge="sum")
+    given = inputs(case, DEVICE)
+    assert_near(results(case, given, "triton"), results(case, given, "reference"), 1e-5)
+    assert len(together) == 7 and all(together)  # three of the forward pass, four of the backward pass
+
+
+@gpu
+@needs_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_the_current_one():
     case = Case(63, 32, 16, 2, merge="sum")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 
@@ -156,13 +158,49 @@ def offset_type(length: int, *strides: int) -> tl.dtype:
     return tl.int32 if max(strides) * length < 2**31 else tl.int64
 
 
+def _wanted(kernel, arguments: dict) -> dict:
+    return {name: arguments[name] for name in kernel.arg_names if name in arguments}
+
+
+def _options(warps: int, registers: int | None = None) -> dict:
+    options = OPTIONS | {"num_warps": warps}
+    if registers is not None and torch.version.hip is None:  # an option of Triton's NVIDIA backend alone
+        options["maxnreg"] = registers
+    return options
+
+
 def launch(kernel, grid: tuple[int, ...], arguments: dict, warps: int, registers: int | None = None) -> None:
     """``kernel`` with those of the ``arguments`` that it has, and at most so many ``registers`` a thread."""
-    wanted = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-    options = OPTIONS
-    if registers is not None and torch.version.hip is None:  # an option of Triton's NVIDIA backend alone
-        options = options | {"maxnreg": registers}
-    kernel[grid](**wanted, num_warps=warps, **options)
+    kernel[grid](**_wanted(kernel, arguments), **_options(warps, registers))
+
+
+@functools.cache
+def _deciding(kernel) -> list[str]:
+    """The arguments for whose values a kernel is compiled, or for their types."""
+    return [name for name in kernel.arg_names if name not in VARYING]
+
+
+_compiled: set[tuple] = set()
+
+
+def compile_together(launches: Sequence[tuple], device: torch.device) -> None:
+    """Before the first of such :func:`launch` calls: all their kernels at once, where one by one takes seconds."""
+    if device.type in ("cpu", "meta") or not hasattr(triton, "AsyncCompileMode"):
+        return
+    kind: list = [device]
+    for kernel, _, arguments, *options in launches:
+        values = [arguments.get(name) for name in _deciding(kernel)]
+        kind += (id(kernel), *options, *[value.dtype if isinstance(value, Tensor) else value for value in values])
+    if tuple(kind) in _compiled:
+        return
+    # Errors are ignored here: the launch compiles again, and raises them.
+    with (
+        concurrent.futures.ThreadPoolExecutor(len(launches)) as threads,
+        triton.AsyncCompileMode(threads, ignore_errors=True),
+    ):
+        for kernel, grid, arguments, *options in reversed(launches):  # the last ones are the largest
+            kernel.run(grid=grid, warmup=True, **_wanted(kernel, arguments), **_options(*options))
+    _compiled.add(tuple(kind))
 
 
 def check_dtypes(**tensors: Tensor | None) -> None:

@@ -24,6 +24,7 @@ from .runtime import (
     VARYING,
     alignment,
     check_dtypes,
+    compile_together,
     dense,
     jit_without,
     launch,
@@ -840,18 +841,31 @@ def _state_rows(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.transpose(2, 3).contiguous().unsqueeze(1)
 
 
-def _link(plan: _Plan, kernel, given: dict, state: Tensor | None, x: _Arguments, config: _Config, reverse: bool):
-    """The state at the start of every span (the gradient at its end if ``reverse``), (batch, spans, K, N, D)."""
+def _link(
+    plan: _Plan, kernel, given: dict, state: Tensor | None, x: _Arguments, config: _Config, reverse: bool
+) -> tuple[list[tuple], Tensor]:
+    """The launches that give the state at the start of every span (the gradient at its end if ``reverse``), and where.
+
+    (batch, spans, K, N, D).
+    """
     batch, _, num_paths, dim = x.tensors["delta"].shape
     shape = batch, plan.num_spans, num_paths
     change = x.tensors["u"].new_empty(*shape, given["N"], dim, dtype=torch.float32)
     total = x.tensors["u"].new_empty(*shape, dim, dtype=torch.float32)
     given = given | {"change": change, "total": total}
-    launch(kernel, (plan.programs,), given | {"initial": None}, config.warps)
-    given |= dict(initial=state, REVERSE=reverse, **_names("h", state, "bskn"))
-    # One warp, so that the spans of a tile lie in one thread.
-    launch(_link_spans_kernel, (plan.programs // plan.num_spans, given["N"]), given | {"SPANS": 16}, 1)
-    return change
+    linked = given | dict(initial=state, REVERSE=reverse, SPANS=16, **_names("h", state, "bskn"))
+    return [
+        (kernel, (plan.programs,), given | {"initial": None}, config.warps),
+        # One warp, so that the spans of a tile lie in one thread.
+        (_link_spans_kernel, (plan.programs // plan.num_spans, given["N"]), linked, 1),
+    ], change
+
+
+def _launch(launches: list[tuple], device: torch.device) -> None:
+    if len(launches) > 2:  # with spans there are so many kernels that to compile them one by one takes its time
+        compile_together(launches, device)
+    for given in launches:
+        launch(*given)
 
 
 def _by_path(u: Tensor, batch: int, length: int, num_paths: int, dim: int, merge: bool) -> Tensor:
@@ -911,13 +925,15 @@ def selective_scan_forward(
         CHUNK=_chunk(num_states), ALIGN=x.align, OFFSET=x.offset, SOFTPLUS=delta_softplus, LOOP_PATHS=plan.loop_paths,
         WARPS=config.warps,
     )  # fmt: skip
+    launches: list[tuple] = []
+    if plan.num_spans > 1 and plan.programs > 0:
+        kernel = _kernels(config).span_forward
+        launches, initial = _link(plan, kernel, given | {"y": None}, initial, x, config, reverse=False)
+        given |= dict(initial=initial, **_names("h", initial, "bskn"))
     if plan.programs > 0:
-        with on_device(u):
-            if plan.num_spans > 1:
-                kernel = _kernels(config).span_forward
-                initial = _link(plan, kernel, given | {"y": None}, initial, x, config, reverse=False)
-                given |= dict(initial=initial, **_names("h", initial, "bskn"))
-            launch(_kernels(config).forward, (plan.programs,), given, config.warps, config.registers)
+        launches.append((_kernels(config).forward, (plan.programs,), given, config.warps, config.registers))
+    with on_device(u):
+        _launch(launches, u.device)
     if merge:
         y = _merged(y)
     return y, last_state, states
@@ -943,8 +959,8 @@ def _kernels(config: _Config) -> _Kernels:
     )
 
 
-def _add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums: dict[str, Tensor | None]) -> None:
-    """Into ``sums``, which has an entry for each gradient."""
+def _add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums: dict[str, Tensor | None]) -> tuple:
+    """The launch that adds them into ``sums``, which has an entry for each gradient."""
     rows, num_paths, num_states, dim = partial_A.shape
     given = dict(
         partial_A=partial_A, partial_B=partial_B, partial_C=partial_C, partial_D=partial_D, partial_bias=partial_bias,
@@ -956,7 +972,7 @@ def _add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums
         columns.append(num_paths * dim)
     programs = sum(triton.cdiv(count, given["COLUMNS"]) for count in columns)
     programs += triton.cdiv(given["tokens"], given["TOKENS"])
-    launch(_add_partials_kernel, (programs,), given, 4)
+    return _add_partials_kernel, (programs,), given, 4
 
 
 def selective_scan_backward(
@@ -1029,15 +1045,16 @@ def selective_scan_backward(
         OFFSET=x.offset if offset_type(length, dy.stride(1)) is tl.int32 else tl.int64, SOFTPLUS=delta_softplus,
         LOOP_PATHS=plan.loop_paths, ADD_DU=add_du, ADD_DZ=add_dz,
     )  # fmt: skip
+    launches: list[tuple] = []
+    if plan.num_spans > 1 and plan.programs > 0:
+        launches, dlast = _link(plan, _kernels(config).span_backward, given, dlast, x, config, reverse=True)
+        given |= dict(dlast=dlast, **_names("h", dlast, "bskn"))
     if plan.programs > 0:
-        with on_device(u):
-            if plan.num_spans > 1:
-                dlast = _link(plan, _kernels(config).span_backward, given, dlast, x, config, reverse=True)
-                given |= dict(dlast=dlast, **_names("h", dlast, "bskn"))
-            launch(_kernels(config).backward, (plan.programs,), given, config.warps, config.registers)
+        launches.append((_kernels(config).backward, (plan.programs,), given, config.warps, config.registers))
     if num_paths * dim > 0:
-        with on_device(u):
-            _add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums)
+        launches.append(_add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums))
+    with on_device(u):
+        _launch(launches, u.device)
 
     def summed(grad: Tensor, like: Tensor) -> Tensor:
         return (_merged(grad).unsqueeze(2) if grad.shape[2] > like.shape[2] else grad).to(like.dtype)
