@@ -128,7 +128,7 @@ def add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype, normed
     total = None if residual is None and residual_dtype is None else torch.empty(x.shape, dtype=dtype)
     count = x.numel() // dim
     run_tasks(
-        _forward_tasks, math.ceil(count / ROWS), 0.25 * count * dim, ZEROS[dtype], count, dim, address(rows), step,
+        _forward_tasks, math.ceil(count / ROWS), 0.7 * count * dim, ZEROS[dtype], count, dim, address(rows), step,
         address(residual), residual_step, address(weight), address(bias), eps, rms, address(normed), address(total),
     )  # fmt: skip
     return normed.to(normed_dtype), None if residual_dtype is None else total.to(residual_dtype)
