@@ -166,6 +166,33 @@ def test_strided_inputs_equal_contiguous_ones():
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("merge", ["none", "sum"])
+def test_cpu_reads_memory_of_any_strides(merge):
+    """The kernels get addresses: a stride that is taken for granted would read, or write, somewhere else."""
+    inputs, table = make_inputs(2, 12, 3, 8, 4, 2, torch.float32)
+    options = dict(delta_softplus=True, merge=merge)
+
+    def turned(tensor):  # the last axis is the one with the largest step
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+    found = []
+    for form in (torch.clone, turned):
+        leaves = {name: form(tensor).requires_grad_() for name, tensor in inputs.items()}
+        y, last_state = selective_scan(**leaves, paths=table, return_last_state=True, backend="cpu", **options)
+        seeds = [form(torch.ones_like(y)), form(torch.ones_like(last_state))]
+        found.append([y, last_state, *torch.autograd.grad([y, last_state], list(leaves.values()), seeds)])
+    for dense, strided in zip(*found, strict=True):
+        assert torch.equal(dense, strided)
+
+
+def test_operator_takes_paths_of_any_integers():
+    inputs, table = make_inputs(1, 9, 2, 6, 4, 1, torch.float32)
+    given = [inputs[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+    options = None, True, False, False, "cpu"
+    long, short = (torch.ops.vision_mamba.selective_scan(*given, p, *options)[0] for p in (table.long(), table.int()))
+    assert torch.equal(long, short)
+
+
 def test_backward_twice_gives_equal_bits():
     inputs, table = make_inputs(3, 50, 2, 200, 16, 1, torch.float32)
     a, b = (run(inputs, table, "cpu", torch.float32, delta_softplus=True, merge="sum") for _ in range(2))

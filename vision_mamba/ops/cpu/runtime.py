@@ -153,8 +153,8 @@ def _first_bad_path(paths):
 
 
 def check_paths(paths: Tensor) -> Tensor:
-    """(K, L) int32, dense; an index outside the image would be a write to foreign memory."""
-    paths = paths.contiguous()
+    """(K, L), dense and int32 as kernels read it; an index outside the image would be a write to foreign memory."""
+    paths = paths.to(torch.int32).contiguous()
     bad = _first_bad_path(paths.numpy())
     if bad >= 0:
         raise ValueError(f"paths[{bad}] is not a permutation of the {paths.shape[1]} token indices")

@@ -441,6 +441,7 @@ def selective_scan_backward(
     batch, length, num_paths, dim, num_states, groups, blocks, _ = x.sizes
     dy = dense(dy.unsqueeze(2).expand(-1, -1, num_paths, -1) if merge else dy, dtype)
     dlast = None if dlast_state is None else dlast_state.to(dtype).contiguous()
+    states = states.contiguous()
 
     def like(tensor: Tensor | None, *shape: int) -> Tensor | None:
         return None if tensor is None else torch.zeros(*shape, dtype=dtype)
