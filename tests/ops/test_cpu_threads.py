@@ -86,19 +86,15 @@ def test_shared_out_work_is_the_same(compute, own_threads, on_threads, monkeypat
         assert_close(f"result {number}", b, a, 1e-13)
 
 
-@numba.njit
-def _fails_in_the_second_part(start, stop, marks):
+@numba.njit(nogil=True)
+def _fails_in_the_second_part(openmp, threads, start, stop, args):
+    if threads > 1:
+        runtime.on_team(openmp, threads, start, stop, args)
+        return
+    (marks,) = args
     marks[start] = stop
     if start == 1:
-        raise ValueError("no memory")
-
-
-_on_team = runtime.team(_fails_in_the_second_part)
-
-
-@numba.njit(nogil=True)
-def _tasks(openmp, threads, start, stop, *args):
-    _on_team(openmp, threads, start, stop, args)
+        raise MemoryError("no memory")
 
 
 @pytest.mark.parametrize("own_threads", [False, True])
@@ -109,7 +105,7 @@ def test_an_error_in_a_part_arrives(own_threads, monkeypatch):
     try:
         torch.set_num_threads(3)
         with pytest.raises(MemoryError, match="no memory"):
-            runtime.run_tasks(_tasks, 3, 1e9, marks)
+            runtime.run_tasks(_fails_in_the_second_part, 3, 1e9, marks)
     finally:
         torch.set_num_threads(before)
     assert marks.tolist() == [1, 2, 3]  # the other parts ran

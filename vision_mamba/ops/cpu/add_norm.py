@@ -7,14 +7,20 @@ import math
 import numba
 import torch
 
-from .runtime import ANY, KERNEL, ZEROS, address, dense, memory, run_tasks, team
+from .runtime import ANY, KERNEL, ZEROS, address, dense, memory, on_team, run_tasks
 
 ROWS = 64  # a task's: fixed, so that the sums over rows do not depend on the number of threads
 
 
 @numba.njit(**KERNEL)
-def _forward(start, stop, zero, rows, dim, x_at, x_step, residual_at, residual_step, weight_at, bias_at, eps, rms,
-             normed_at, total_at):  # fmt: skip
+def _forward(openmp, threads, start, stop, args):
+    if threads > 1:
+        on_team(openmp, threads, start, stop, args)
+        return
+    (
+        zero, rows, dim, x_at, x_step, residual_at, residual_step, weight_at, bias_at, eps, rms, normed_at,
+        total_at
+    ) = args  # fmt: skip
     x, residual = memory(x_at, zero, ANY), memory(residual_at, zero, ANY)
     weight, bias = memory(weight_at, zero, (dim,)), memory(bias_at, zero, (dim,))
     normed, total = memory(normed_at, zero, (rows, dim)), memory(total_at, zero, (rows, dim))
@@ -46,10 +52,14 @@ def _forward(start, stop, zero, rows, dim, x_at, x_step, residual_at, residual_s
 
 
 @numba.njit(**KERNEL)
-def _backward(
-    start, stop, zero, rows, dim, dnormed_at, step, dsum_at, dsum_step, total_at, weight_at, eps, rms, grad_at,
-    dweight_at, dbias_at
-):  # fmt: skip
+def _backward(openmp, threads, start, stop, args):
+    if threads > 1:
+        on_team(openmp, threads, start, stop, args)
+        return
+    (
+        zero, rows, dim, dnormed_at, step, dsum_at, dsum_step, total_at, weight_at, eps, rms, grad_at,
+        dweight_at, dbias_at
+    ) = args  # fmt: skip
     dnormed, dsum = memory(dnormed_at, zero, ANY), memory(dsum_at, zero, ANY)
     total, grad = memory(total_at, zero, (rows, dim)), memory(grad_at, zero, (rows, dim))
     tasks = (rows + ROWS - 1) // ROWS
@@ -93,22 +103,6 @@ def _backward(
                     dbias_row[i] += dy[i]
 
 
-_forward_team = team(_forward)
-
-
-@numba.njit(**KERNEL)
-def _forward_tasks(openmp, threads, start, stop, *args):
-    _forward_team(openmp, threads, start, stop, args)
-
-
-_backward_team = team(_backward)
-
-
-@numba.njit(**KERNEL)
-def _backward_tasks(openmp, threads, start, stop, *args):
-    _backward_team(openmp, threads, start, stop, args)
-
-
 def _rows(tensor, dim, dtype):
     """(..., D) as (rows, D) and the step from row to row; 0 for None."""
     if tensor is None or tensor.numel() == 0:
@@ -128,7 +122,7 @@ def add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype, normed
     total = None if residual is None and residual_dtype is None else torch.empty(x.shape, dtype=dtype)
     count = x.numel() // dim
     run_tasks(
-        _forward_tasks, math.ceil(count / ROWS), 0.7 * count * dim, ZEROS[dtype], count, dim, address(rows), step,
+        _forward, math.ceil(count / ROWS), 0.7 * count * dim, ZEROS[dtype], count, dim, address(rows), step,
         address(residual), residual_step, address(weight), address(bias), eps, rms, address(normed), address(total),
     )  # fmt: skip
     return normed.to(normed_dtype), None if residual_dtype is None else total.to(residual_dtype)
@@ -147,7 +141,7 @@ def add_norm_backward(dnormed, dsum, total, weight, bias, eps, rms, dtypes):
     dweight = torch.empty(tasks, dim, dtype=dtype)
     dbias = None if bias is None else torch.empty(tasks, dim, dtype=dtype)
     run_tasks(
-        _backward_tasks, tasks, 0.7 * rows.numel(), ZEROS[dtype], len(rows), dim, address(dnormed), step, address(dsum),
+        _backward, tasks, 0.7 * rows.numel(), ZEROS[dtype], len(rows), dim, address(dnormed), step, address(dsum),
         dsum_step, address(rows), address(own), eps, rms, address(grad), address(dweight), address(dbias),
     )  # fmt: skip
     grad = grad.view(total.shape)

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import torch
 
-from .runtime import ANY, KERNEL, ZEROS, address, check_paths, dense, memory, run_tasks, sigmoid, team
+from .runtime import ANY, KERNEL, ZEROS, address, check_paths, dense, memory, on_team, run_tasks, sigmoid
 
 
 @numba.njit(**KERNEL)
@@ -46,7 +46,11 @@ def _convolve(row, x, x_by, image, k, t, w, shift, paths):
 
 
 @numba.njit(**KERNEL)
-def _forward(start, stop, zero, sizes, at, x_by, weight_by, bias_by, silu, y_at):
+def _forward(openmp, threads, start, stop, args):
+    if threads > 1:
+        on_team(openmp, threads, start, stop, args)
+        return
+    zero, sizes, at, x_by, weight_by, bias_by, silu, y_at = args
     batch, length, num_paths, dim, width = sizes
     x_at, weight_at, bias_at, paths_at = at
     x, weight, bias = memory(x_at, zero, ANY), memory(weight_at, zero, ANY), memory(bias_at, zero, ANY)
@@ -68,7 +72,11 @@ def _forward(start, stop, zero, sizes, at, x_by, weight_by, bias_by, silu, y_at)
 
 
 @numba.njit(**KERNEL)
-def _backward(start, stop, zero, sizes, at, x_by, weight_by, bias_by, silu, dy_at, dy_by, dx_at, dweight_at, dbias_at):
+def _backward(openmp, threads, start, stop, args):
+    if threads > 1:
+        on_team(openmp, threads, start, stop, args)
+        return
+    zero, sizes, at, x_by, weight_by, bias_by, silu, dy_at, dy_by, dx_at, dweight_at, dbias_at = args
     batch, length, num_paths, dim, width = sizes
     x_at, weight_at, bias_at, paths_at = at
     x, weight, bias = memory(x_at, zero, ANY), memory(weight_at, zero, ANY), memory(bias_at, zero, ANY)
@@ -106,22 +114,6 @@ def _backward(start, stop, zero, sizes, at, x_by, weight_by, bias_by, silu, dy_a
                         dx_row[i] += row[i] * w_row[i]
 
 
-_forward_team = team(_forward)
-
-
-@numba.njit(**KERNEL)
-def _forward_tasks(openmp, threads, start, stop, *args):
-    _forward_team(openmp, threads, start, stop, args)
-
-
-_backward_team = team(_backward)
-
-
-@numba.njit(**KERNEL)
-def _backward_tasks(openmp, threads, start, stop, *args):
-    _backward_team(openmp, threads, start, stop, args)
-
-
 def _arguments(x, weight, bias, paths):
     """The dtype of the computation, what both kernels take, and the tensors whose addresses are in it."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -138,7 +130,7 @@ def causal_conv1d_forward(x, weight, bias, paths, silu) -> torch.Tensor:
     """(batch, L, D), (K, D, width), (K, D), (K, L) -> (batch, L, K, D)."""
     dtype, arguments, _tensors = _arguments(x, weight, bias, paths)
     y = torch.empty(x.shape[0], x.shape[1], weight.shape[0], x.shape[2], dtype=dtype)
-    run_tasks(_forward_tasks, x.shape[0] * paths.shape[0], 1.0 * y.numel(), *arguments, silu, address(y))
+    run_tasks(_forward, x.shape[0] * paths.shape[0], 1.0 * y.numel(), *arguments, silu, address(y))
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -151,7 +143,7 @@ def causal_conv1d_backward(dy, x, weight, bias, paths, silu):
     dweight = torch.zeros(x.shape[0], num_paths, width, dim, dtype=dtype)
     dbias = None if bias is None else torch.zeros(x.shape[0], num_paths, dim, dtype=dtype)
     run_tasks(
-        _backward_tasks, x.shape[0], 1.7 * dy.numel(), *arguments, silu, address(dy), dy.stride(), address(dx),
+        _backward, x.shape[0], 1.7 * dy.numel(), *arguments, silu, address(dy), dy.stride(), address(dx),
         address(dweight), address(dbias),
     )  # fmt: skip
     return (

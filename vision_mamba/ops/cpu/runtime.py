@@ -187,29 +187,19 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="vision_mamba")
 
 
-def team(kernel: Callable) -> Callable:
-    """For compiled code: ``kernel(from, to, *args)`` over a range in parts, on threads of OpenMP if there are several.
+@intrinsic
+def on_team(typing_context, openmp, threads, start, stop, args):
+    """For a kernel to call with what it got: itself, a part of the range and one thread a call, on so many threads.
 
-    Machine code from end to end: a thread that came in through Python would first wait, asleep, for Python's lock.
-    The function that is returned takes ``(openmp, threads, start, stop, args)``.
+    Machine code from end to end: a thread that came in through Python would first
+    wait, asleep, for Python's lock. It is the kernel's own function that the threads call, for another one would be
+    compiled once more where it is linked.
     """
-
-    def run(typing_context, openmp, threads, start, stop, args):
-        kind = typing_context.resolve_value_type(kernel).get_call_type(
-            typing_context, (types.intp, types.intp, *args.types), {}
-        )
-
-        def generate(context, builder, signature, values):
-            compiled = kernel.get_compile_result(kind)
-            context.add_linking_libs([compiled.library])
-            return _emit_team(context, builder, compiled.fndesc, *values)
-
-        return types.void(types.intp, types.intp, types.intp, types.intp, args), generate
-
-    return intrinsic(run)
+    kinds = types.intp, types.intp, types.intp, types.intp, args
+    return types.void(*kinds), lambda context, builder, signature, values: _emit_team(context, builder, kinds, *values)
 
 
-def _emit_team(context, builder, kernel, openmp, threads, start, stop, args):
+def _emit_team(context, builder, kinds, openmp, threads, start, stop, args):
     word, count, place = start.type, ir.IntType(32), ir.IntType(8).as_pointer()
     zero, one = ir.Constant(word, 0), ir.Constant(word, 1)
     # For the threads to see: parts taken, parts failed, how many there are, their range, the arguments.
@@ -236,27 +226,18 @@ def _emit_team(context, builder, kernel, openmp, threads, start, stop, args):
         inner.add(first, inner.sdiv(inner.mul(inner.sub(end, first), number), parts))
         for number in (part, inner.add(part, one))
     ]
-    status, _ = context.call_conv.call_function(
-        inner,
-        context.declare_function(builder.module, kernel),
-        kernel.restype,
-        kernel.argtypes,
-        [*bounds, *cgutils.unpack_tuple(inner, given)],
-    )
+    status, _ = context.call_conv.call_function(inner, builder.function, types.none, kinds, [zero, one, *bounds, given])
     inner.atomic_rmw("add", failed, inner.zext(status.is_error, word), "monotonic")
     inner.branch(again)
     inner.position_at_end(done)
     inner.ret_void()
 
-    data = builder.bitcast(data, place)
-    with builder.if_else(builder.icmp_signed(">", threads, one)) as (several, alone):
-        with several:
-            parallel = ir.FunctionType(ir.VoidType(), [body_kind.as_pointer(), place, count, count]).as_pointer()
-            number = builder.trunc(threads, count)
-            builder.call(builder.inttoptr(openmp, parallel), [body, data, number, ir.Constant(count, 0)])
-        with alone:
-            builder.call(body, [data])
-    failed = cgutils.gep_inbounds(builder, builder.bitcast(data, shared.as_pointer()), 0, 1)
+    parallel = ir.FunctionType(ir.VoidType(), [body_kind.as_pointer(), place, count, count]).as_pointer()
+    number = builder.trunc(threads, count)
+    builder.call(
+        builder.inttoptr(openmp, parallel), [body, builder.bitcast(data, place), number, ir.Constant(count, 0)]
+    )
+    failed = cgutils.gep_inbounds(builder, data, 0, 1)
     with cgutils.if_unlikely(builder, builder.icmp_signed("!=", builder.load(failed), zero)):
         context.call_conv.return_user_exc(builder, MemoryError, ("a kernel found no memory for its work",))
     return context.get_dummy_value()
@@ -265,8 +246,8 @@ def _emit_team(context, builder, kernel, openmp, threads, start, stop, args):
 _WORTH = 40_000  # nanoseconds of work that are worth another thread
 
 
-def run_tasks(tasks: Callable, num_tasks: int, nanoseconds: float, *args) -> None:
-    """A kernel's ``tasks(openmp, threads, start, stop, *args)``: ``num_tasks`` on ``torch.get_num_threads()`` threads.
+def run_tasks(kernel: Callable, num_tasks: int, nanoseconds: float, *args) -> None:
+    """``kernel(openmp, threads, start, stop, args)``: ``num_tasks`` on up to ``torch.get_num_threads()`` threads.
 
     The kernels release the GIL. Several Python threads may call at once, which numba's own layer does not allow.
 
@@ -276,11 +257,11 @@ def run_tasks(tasks: Callable, num_tasks: int, nanoseconds: float, *args) -> Non
     threads = min(torch.get_num_threads(), num_tasks, max(int(nanoseconds / _WORTH), 1))
     openmp = _openmp() if threads > 1 else 0
     if openmp is not None:
-        tasks(openmp, threads, 0, num_tasks, *args)
+        kernel(openmp, threads, 0, num_tasks, args)
         return
     bounds = [num_tasks * i // threads for i in range(threads + 1)]
     futures = [
-        _pool(os.getpid(), threads).submit(tasks, 0, 1, start, stop, *args)
+        _pool(os.getpid(), threads).submit(kernel, 0, 1, start, stop, args)
         for start, stop in itertools.pairwise(bounds)
     ]
     for future in futures:

@@ -22,10 +22,10 @@ from .runtime import (
     check_paths,
     dense,
     memory,
+    on_team,
     run_tasks,
     sigmoid,
     softplus,
-    team,
 )
 from .walk import LANES, add_product, row, tile, walk, walk_back
 
@@ -114,10 +114,14 @@ def _start(width, k, c0, at, by, a, d, shift):
 
 
 @numba.njit(**KERNEL)
-def _forward(
-    start, stop, zero, sizes, at, by, rank, weight_at, weight_by, initial_at, initial_by, use_softplus, merge,
-    y_at, last_state_at, states_at
-):  # fmt: skip
+def _forward(openmp, threads, start, stop, args):
+    if threads > 1:
+        on_team(openmp, threads, start, stop, args)
+        return
+    (
+        zero, sizes, at, by, rank, weight_at, weight_by, initial_at, initial_by, use_softplus, merge, y_at,
+        last_state_at, states_at
+    ) = args  # fmt: skip
     batch, length, num_paths, dim, num_states, groups, blocks, size = sizes
     u, delta, z = memory(at.u, zero, ANY), memory(at.delta, zero, ANY), memory(at.z, zero, ANY)
     B, C, weight = memory(at.B, zero, ANY), memory(at.C, zero, ANY), memory(weight_at, zero, ANY)
@@ -196,10 +200,14 @@ def _forward(
 
 
 @numba.njit(**KERNEL)
-def _backward(
-    start, stop, zero, sizes, at, by, use_softplus, u_shared, z_shared, states_at, dy_at, dy_by, dlast_at,
-    du_at, ddelta_at, dA_at, dB_at, dC_at, dD_at, dz_at, dbias_at, dinitial_at
-):  # fmt: skip
+def _backward(openmp, threads, start, stop, args):
+    if threads > 1:
+        on_team(openmp, threads, start, stop, args)
+        return
+    (
+        zero, sizes, at, by, use_softplus, u_shared, z_shared, states_at, dy_at, dy_by, dlast_at, du_at,
+        ddelta_at, dA_at, dB_at, dC_at, dD_at, dz_at, dbias_at, dinitial_at
+    ) = args  # fmt: skip
     batch, length, num_paths, dim, num_states, groups, blocks, size = sizes
     u, delta, z = memory(at.u, zero, ANY), memory(at.delta, zero, ANY), memory(at.z, zero, ANY)
     B, C, dy = memory(at.B, zero, ANY), memory(at.C, zero, ANY), memory(dy_at, zero, ANY)
@@ -219,12 +227,8 @@ def _backward(
     # Row 0 is the border state, row s + 1 the state after the chunk's step s.
     h = tile((CHUNK + 1) * num_states, padded, u).reshape(CHUNK + 1, num_states, padded)
     decay = tile(CHUNK * num_states, padded, u).reshape(CHUNK, num_states, padded)
-    raw, dts, dtus, outs = (
-        tile(CHUNK, padded, u),
-        tile(CHUNK, padded, u),
-        tile(CHUNK, padded, u),
-        tile(CHUNK, padded, u),
-    )
+    raw, dts = tile(CHUNK, padded, u), tile(CHUNK, padded, u)
+    dtus, outs = tile(CHUNK, padded, u), tile(CHUNK, padded, u)
     a, g, da = tile(num_states, padded, u), tile(num_states, padded, u), tile(num_states, padded, u)
     d, shift = row(padded, u), row(padded, u)
     dout, grad, gb, gdt = row(padded, u), row(padded, u), row(padded, u), row(padded, u)
@@ -345,22 +349,6 @@ def _backward(
                         dinitial[image, k, c0 + i, n] = g[n, i]
 
 
-_forward_team = team(_forward)
-
-
-@numba.njit(**KERNEL)
-def _forward_tasks(openmp, threads, start, stop, *args):
-    _forward_team(openmp, threads, start, stop, args)
-
-
-_backward_team = team(_backward)
-
-
-@numba.njit(**KERNEL)
-def _backward_tasks(openmp, threads, start, stop, *args):
-    _backward_team(openmp, threads, start, stop, args)
-
-
 class _Arguments(NamedTuple):
     dtype: torch.dtype
     sizes: _Sizes
@@ -420,7 +408,7 @@ def selective_scan_forward(
         rank, weight_strides = weight.shape[-1], weight.stride()
     initial = None if initial_state is None else initial_state.to(x.dtype)
     run_tasks(
-        _forward_tasks, batch * blocks, (1.5 + 0.35 * num_states) * batch * length * num_paths * dim, ZEROS[x.dtype],
+        _forward, batch * blocks, (1.5 + 0.35 * num_states) * batch * length * num_paths * dim, ZEROS[x.dtype],
         x.sizes, x.addresses, x.strides, rank, address(weight), weight_strides, address(initial),
         (0, 0, 0, 0) if initial is None else initial.stride(), delta_softplus, merge, address(y), address(last_state),
         address(states) if save_states else 0,
@@ -458,7 +446,7 @@ def selective_scan_backward(
     dinitial = like(initial_state, batch, num_paths, dim, num_states)
     results = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
     run_tasks(
-        _backward_tasks, batch * blocks, (5.5 + 0.65 * num_states) * delta.numel(), ZEROS[dtype], x.sizes, x.addresses,
+        _backward, batch * blocks, (5.5 + 0.65 * num_states) * delta.numel(), ZEROS[dtype], x.sizes, x.addresses,
         x.strides, delta_softplus, u.shape[2] < num_paths, z is not None and z.shape[2] < num_paths,
         address(states), address(dy), dy.stride(), address(dlast), *map(address, results),
     )  # fmt: skip

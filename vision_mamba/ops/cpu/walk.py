@@ -92,7 +92,9 @@ class _Step:
     def exp2(self, x: ir.Value) -> ir.Value:
         """``2 ** x``; float32 within 2e-7, from 1e-38 (no denormals) to infinity."""
         if isinstance(self.scalar, ir.DoubleType):
-            return self._call("llvm.exp2", x)
+            kind = ir.FunctionType(self.vector, [self.vector])
+            function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.exp2.v{LANES}f64")
+            return self.builder.call(function, [x])
         low, high = self.constant(-126.0), self.constant(128.0)
         x = self.builder.select(self.builder.fcmp_ordered("<", x, low), low, x)
         x = self.builder.select(self.builder.fcmp_ordered(">", x, high), high, x)
@@ -106,12 +108,6 @@ class _Step:
         integers = ir.VectorType(ir.IntType(32), LANES)
         whole = self.builder.shl(self.builder.bitcast(shifted, integers), ir.Constant(integers, [23] * LANES))
         return self.builder.bitcast(self.builder.add(self.builder.bitcast(power, integers), whole), self.vector)
-
-    def _call(self, name: str, x: ir.Value) -> ir.Value:
-        kind = "f64" if isinstance(self.scalar, ir.DoubleType) else "f32"
-        signature = ir.FunctionType(self.vector, [self.vector])
-        function = cgutils.get_or_insert_function(self.builder.module, signature, f"{name}.v{LANES}{kind}")
-        return self.builder.call(function, [x])
 
     @contextmanager
     def each_vector(self) -> Iterator[ir.Value]:
