@@ -1,7 +1,12 @@
-"""Depthwise causal convolution along scan paths in Triton; a program is a tile of tokens and channels."""
+"""Depthwise causal convolution along scan paths in Triton; a program walks segments of a path for a block of channels.
+
+A lane has the last tokens of its segment in registers, and so reads each token once (and the few before its segment),
+where a tile of outputs would read it once for each weight.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -15,156 +20,259 @@ from .runtime import (
     dense,
     jit_without,
     launch,
-    load_rows,
     multiprocessors,
+    new_by_path,
     offset_type,
     on_device,
     sigmoid,
-    store_rows,
+    sum_of_paths,
     visited,
 )
 
 BLOCK = 64  # channels a program
+ROWS = 8  # segments a program; with four warps a lane has four channels of one of them
 MAX_WIDTH = 4
+_UNROLLED = 4  # steps: no fewer than the widest convolution looks back, so that all it looks at stays where it is
+_LONGEST = 128  # steps of a segment
 
 
 class _Config(NamedTuple):
-    steps: int  # tokens a program's tile
-    programs: int  # a multiprocessor; in the backward pass each adds a row to the sums over tokens
-    registers: int | None = None  # a thread, at most: sums, weights and four readings would take more
+    programs: int  # a multiprocessor
+    registers: int  # a thread, at most: with them so many programs fit
 
 
-_FORWARD = _Config(32, 10)
-_BACKWARD = _Config(16, 4, registers=128)
-_INPUT_STEPS = 32  # of the gradient of x: a program a tile
+_FORWARD = _Config(6, 80)
+_BACKWARD = _Config(3, 168)
 
-_jit = jit_without(("tiles", "length", "num_paths", "x_b", "x_l", "dy_b", "dy_l", "dy_k", "w_k", "bias_k", "paths_k"))
+_jit = jit_without(
+    ("segments", "steps", "length", "num_paths", "x_b", "x_l", "dy_b", "dy_l", "dy_k", "dx_b", "dx_l", "dx_k")
+    + ("w_k", "bias_k", "paths_k")
+)
 
 
 @triton.jit
-def _place(dim, num_paths, BLOCK: tl.constexpr):
-    """channels, which of them exist, path, first tile and number of programs that share out the tiles of a path."""
+def _place(segments, steps, length, dim, num_paths, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Channels and path; image, first position and end of each segment."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(dim, BLOCK)
     c = pid % blocks * BLOCK + tl.arange(0, BLOCK)
     pid = pid // blocks
-    walkers = tl.num_programs(0) // (blocks * num_paths)
-    return c, c < dim, (pid % num_paths).to(tl.int64), pid // num_paths, walkers
+    segment = pid // num_paths * ROWS + tl.arange(0, ROWS)
+    an_image = tl.cdiv(length, steps)
+    start = segment % an_image * steps
+    end = tl.where(segment < segments, tl.minimum(start + steps, length), 0)
+    image = tl.where(segment < segments, segment // an_image, 0)
+    return c, (pid % num_paths).to(tl.int64), image.to(tl.int64), start, end
 
 
 @triton.jit
-def _tap(weight, k, w_k, ahead: tl.constexpr, dim, c, c_ok, WIDTH: tl.constexpr):
-    """The weights by which a token enters the output `ahead` steps later; zeros beyond the width."""
-    at = k * w_k + (WIDTH - 1 - ahead) * dim + c
-    return tl.load(weight + at, mask=c_ok & (ahead < WIDTH), other=0.0).to(tl.float32)
+def _tap(weight, k, w_k, back: tl.constexpr, dim, c, c_ok, WIDTH: tl.constexpr):
+    """The weights of the token so many steps back; zeros beyond the width."""
+    at = k * w_k + (WIDTH - 1 - back) * dim + c
+    return tl.load(weight + at, mask=c_ok & (back < WIDTH), other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _earlier(x_rows, path, t, ahead: tl.constexpr, length, x_l, c, c_ok):
-    """The tokens that a path visits `ahead` steps before t."""
-    return load_rows(x_rows, visited(path, t - ahead, length, length), x_l, c, c_ok).to(tl.float32)
+def _weights(weight, bias, k, w_k, bias_k, dim, c, c_ok, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Those of a token and of the three before it, [1, channels], and the bias."""
+    shift = tl.zeros([1, BLOCK], tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + k * bias_k + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+    return (
+        _tap(weight, k, w_k, 0, dim, c, c_ok, WIDTH),
+        _tap(weight, k, w_k, 1, dim, c, c_ok, WIDTH),
+        _tap(weight, k, w_k, 2, dim, c, c_ok, WIDTH),
+        _tap(weight, k, w_k, 3, dim, c, c_ok, WIDTH),
+        shift,
+    )
+
+
+@triton.jit
+def _tokens(path, t, end, length):
+    """Those that a path visits at t and at the three steps after it."""
+    return (
+        visited(path, t, end, length),
+        visited(path, t + 1, end, length),
+        visited(path, t + 2, end, length),
+        visited(path, t + 3, end, length),
+    )
+
+
+@triton.jit
+def _load(rows, token, stride, c_ok):
+    """[segments, channels] of these tokens; zeros where there is none."""
+    mask = (token >= 0)[:, None] & c_ok[None, :]
+    return tl.load(rows + (token * stride)[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_all(rows, token0, token1, token2, token3, stride, c_ok):
+    return (
+        _load(rows, token0, stride, c_ok),
+        _load(rows, token1, stride, c_ok),
+        _load(rows, token2, stride, c_ok),
+        _load(rows, token3, stride, c_ok),
+    )
+
+
+@triton.jit
+def _store(rows, token, stride, c_ok, value):
+    mask = (token >= 0)[:, None] & c_ok[None, :]
+    tl.store(rows + (token * stride)[:, None], value.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _floats(a, b, c, d):
+    return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+
+
+@triton.jit
+def _convolved(x0, x1, x2, x3, tap0, tap1, tap2, tap3, shift, WIDTH: tl.constexpr):
+    """Of a token and the three before it; those beyond the width are left out, as they may not be numbers."""
+    out = shift + tap0 * x0
+    if WIDTH > 1:
+        out += tap1 * x1
+    if WIDTH > 2:
+        out += tap2 * x2
+    if WIDTH > 3:
+        out += tap3 * x3
+    return out
+
+
+@triton.jit
+def _activated(out, SILU: tl.constexpr):
+    if SILU:
+        out = out * sigmoid(out)
+    return out
 
 
 @_jit
 def _conv_forward_kernel(
-    x, weight, bias, paths, y, tiles, length, num_paths, dim, x_b, x_l, w_k, bias_k, paths_k,
-    WIDTH: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    x, weight, bias, paths, y, segments, steps, length, num_paths, dim, x_b, x_l, w_k, bias_k, paths_k,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
-    """A program walks every so many tiles of one path: to load the weights takes as long as half a tile."""
-    c, c_ok, k, first, walkers = _place(dim, num_paths, BLOCK)
-    tiles_a_image = tl.cdiv(length, T)
+    """Four steps at a time. Their rows are read while the four before are computed, and their tokens before that."""
+    c, k, image, start, end = _place(segments, steps, length, dim, num_paths, ROWS, BLOCK)
+    c_ok = c < dim
     x_l = (x_l // ALIGN).to(OFFSET) * ALIGN
     y_l = tl.cast(num_paths * dim, OFFSET)
+    x_rows = x + tl.multiple_of(image * x_b, ALIGN)[:, None] + c[None, :]
+    y_rows = y + (image * length * num_paths * dim + k * dim)[:, None] + c[None, :]
     path = paths + k * paths_k
-    shift = tl.zeros([BLOCK], tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + k * bias_k + c, mask=c_ok, other=0.0).to(tl.float32)
-    tap0 = _tap(weight, k, w_k, 0, dim, c, c_ok, WIDTH)
-    tap1 = _tap(weight, k, w_k, 1, dim, c, c_ok, WIDTH)
-    tap2 = _tap(weight, k, w_k, 2, dim, c, c_ok, WIDTH)
-    tap3 = _tap(weight, k, w_k, 3, dim, c, c_ok, WIDTH)
-    for tile in range(first, tiles, walkers):
-        t = tile % tiles_a_image * T + tl.arange(0, T)
-        image = (tile // tiles_a_image).to(tl.int64)
-        x_rows = x + tl.multiple_of(image * x_b, ALIGN)
-        token = visited(path, t, length, length)
-        out = shift[None, :] + tap0[None, :] * load_rows(x_rows, token, x_l, c, c_ok).to(tl.float32)
-        if WIDTH > 1:
-            out += tap1[None, :] * _earlier(x_rows, path, t, 1, length, x_l, c, c_ok)
-        if WIDTH > 2:
-            out += tap2[None, :] * _earlier(x_rows, path, t, 2, length, x_l, c, c_ok)
-        if WIDTH > 3:
-            out += tap3[None, :] * _earlier(x_rows, path, t, 3, length, x_l, c, c_ok)
-        if SILU:
-            out = out * sigmoid(out)
-        store_rows(y + image * length * num_paths * dim + k * dim, token, y_l, c, c_ok, out)
+    tap0, tap1, tap2, tap3, shift = _weights(weight, bias, k, w_k, bias_k, dim, c, c_ok, BLOCK, WIDTH)
+    x1 = _load(x_rows, visited(path, start - 1, end, length), x_l, c_ok).to(tl.float32)
+    x2 = _load(x_rows, visited(path, start - 2, end, length), x_l, c_ok).to(tl.float32)
+    x3 = _load(x_rows, visited(path, start - 3, end, length), x_l, c_ok).to(tl.float32)
+    token0, token1, token2, token3 = _tokens(path, start, end, length)
+    row0, row1, row2, row3 = _load_all(x_rows, token0, token1, token2, token3, x_l, c_ok)
+    then0, then1, then2, then3 = _tokens(path, start + 4, end, length)
+    for t in range(8, steps + 8, 4):
+        at0, at1, at2, at3 = token0, token1, token2, token3
+        n0, n1, n2, n3 = _floats(row0, row1, row2, row3)
+        token0, token1, token2, token3 = then0, then1, then2, then3
+        row0, row1, row2, row3 = _load_all(x_rows, token0, token1, token2, token3, x_l, c_ok)
+        then0, then1, then2, then3 = _tokens(path, start + t, end, length)
+        out = _convolved(n0, x1, x2, x3, tap0, tap1, tap2, tap3, shift, WIDTH)
+        _store(y_rows, at0, y_l, c_ok, _activated(out, SILU))
+        out = _convolved(n1, n0, x1, x2, tap0, tap1, tap2, tap3, shift, WIDTH)
+        _store(y_rows, at1, y_l, c_ok, _activated(out, SILU))
+        out = _convolved(n2, n1, n0, x1, tap0, tap1, tap2, tap3, shift, WIDTH)
+        _store(y_rows, at2, y_l, c_ok, _activated(out, SILU))
+        out = _convolved(n3, n2, n1, n0, tap0, tap1, tap2, tap3, shift, WIDTH)
+        _store(y_rows, at3, y_l, c_ok, _activated(out, SILU))
+        x1, x2, x3 = n3, n2, n1
+
+
+@triton.jit
+def _slope(grad, x0, x1, x2, x3, tap0, tap1, tap2, tap3, shift, WIDTH: tl.constexpr, SILU: tl.constexpr):
+    """The gradient before the activation."""
+    if SILU:
+        out = _convolved(x0, x1, x2, x3, tap0, tap1, tap2, tap3, shift, WIDTH)
+        sig = sigmoid(out)
+        grad = grad * sig * (1.0 + out * (1.0 - sig))
+    return grad
+
+
+@triton.jit
+def _with_step(sum0, sum1, sum2, sum3, sum_bias, s, x0, x1, x2, x3):
+    return sum0 + s * x0, sum1 + s * x1, sum2 + s * x2, sum3 + s * x3, sum_bias + s
 
 
 @_jit
 def _conv_backward_kernel(
-    dy, x, weight, bias, paths, slope, steps, sums,
-    tiles, length, num_paths, dim, x_b, x_l, dy_b, dy_l, dy_k, w_k, bias_k, paths_k,
-    WIDTH: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    dy, x, weight, bias, paths, dx, sums,
+    segments, steps, length, num_paths, dim, x_b, x_l, dy_b, dy_l, dy_k, dx_b, dx_l, dx_k, w_k, bias_k, paths_k,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
-    """Gradient before the activation, ``slope`` (K, batch, L, D) in the path's order, and its sums for the weights.
+    """What a path gives to the gradient of x, and a program's sums: for the weights in their order, then for the bias.
 
-    A program walks every so many tiles of one path, and keeps the sums of all its tiles in registers: those of the
-    taps, in the order of ``weight``, and in the last row that of the bias. Along the first image it writes down when
-    the path visits each token: ``steps`` (K, L), the inverse of ``paths``.
+    A token's gradient is known three steps later, as it has a part of each slope (the gradient before the activation)
+    since then. So a segment goes on for three steps into the next one, which leaves those tokens to it.
     """
-    c, c_ok, k, first, walkers = _place(dim, num_paths, BLOCK)
-    tiles_a_image = tl.cdiv(length, T)
-    batch = tiles // tiles_a_image
+    c, k, image, start, end = _place(segments, steps, length, dim, num_paths, ROWS, BLOCK)
+    c_ok = c < dim
     x_l = (x_l // ALIGN).to(OFFSET) * ALIGN
     dy_l = (dy_l // ALIGN).to(OFFSET) * ALIGN
+    dx_l = (dx_l // ALIGN).to(OFFSET) * ALIGN
+    x_rows = x + tl.multiple_of(image * x_b, ALIGN)[:, None] + c[None, :]
+    dy_rows = dy + tl.multiple_of(image * dy_b + k * dy_k, ALIGN)[:, None] + c[None, :]
+    dx_rows = dx + tl.multiple_of(image * dx_b + k * dx_k, ALIGN)[:, None] + c[None, :]
     path = paths + k * paths_k
-    shift = tl.zeros([BLOCK], tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + k * bias_k + c, mask=c_ok, other=0.0).to(tl.float32)
-    tap0 = _tap(weight, k, w_k, 0, dim, c, c_ok, WIDTH)
-    tap1 = _tap(weight, k, w_k, 1, dim, c, c_ok, WIDTH)
-    tap2 = _tap(weight, k, w_k, 2, dim, c, c_ok, WIDTH)
-    tap3 = _tap(weight, k, w_k, 3, dim, c, c_ok, WIDTH)
-    sum0 = tl.zeros([T, BLOCK], tl.float32)
-    sum1 = sum0
-    sum2 = sum0
-    sum3 = sum0
-    sum_bias = sum0
-    for tile in range(first, tiles, walkers):
-        t = tile % tiles_a_image * T + tl.arange(0, T)
-        image = (tile // tiles_a_image).to(tl.int64)
-        x_rows = x + tl.multiple_of(image * x_b, ALIGN)
-        dy_rows = dy + tl.multiple_of(image * dy_b + k * dy_k, ALIGN)
-        token = visited(path, t, length, length)
-        grad = load_rows(dy_rows, token, dy_l, c, c_ok).to(tl.float32)
-        read0 = load_rows(x_rows, token, x_l, c, c_ok).to(tl.float32)
-        out = shift[None, :] + tap0[None, :] * read0
-        if WIDTH > 1:
-            read1 = _earlier(x_rows, path, t, 1, length, x_l, c, c_ok)
-            out += tap1[None, :] * read1
-        if WIDTH > 2:
-            read2 = _earlier(x_rows, path, t, 2, length, x_l, c, c_ok)
-            out += tap2[None, :] * read2
-        if WIDTH > 3:
-            read3 = _earlier(x_rows, path, t, 3, length, x_l, c, c_ok)
-            out += tap3[None, :] * read3
-        if SILU:
-            sig = sigmoid(out)
-            grad = grad * sig * (1.0 + out * (1.0 - sig))
-        tl.store(steps + k * length + token, t, mask=tl.where(image == 0, token, -1) >= 0)
-        step = tl.where(t < length, t, -1)
-        store_rows(slope + (k * batch + image) * length * dim, step, tl.cast(dim, OFFSET), c, c_ok, grad)
-        sum_bias += grad
-        sum0 += grad * read0
-        if WIDTH > 1:
-            sum1 += grad * read1
-        if WIDTH > 2:
-            sum2 += grad * read2
-        if WIDTH > 3:
-            sum3 += grad * read3
-    at = sums + (first.to(tl.int64) * num_paths + k) * (WIDTH + 1) * dim + c
+    tap0, tap1, tap2, tap3, shift = _weights(weight, bias, k, w_k, bias_k, dim, c, c_ok, BLOCK, WIDTH)
+    x1 = _load(x_rows, visited(path, start - 1, end, length), x_l, c_ok).to(tl.float32)
+    x2 = _load(x_rows, visited(path, start - 2, end, length), x_l, c_ok).to(tl.float32)
+    x3 = _load(x_rows, visited(path, start - 3, end, length), x_l, c_ok).to(tl.float32)
+    s1 = tl.zeros([ROWS, BLOCK], tl.float32)
+    s2, s3, sum0, sum1, sum2, sum3, sum_bias = s1, s1, s1, s1, s1, s1, s1
+    at1 = tl.full([ROWS], -1, tl.int32)
+    at2, at3 = at1, at1
+    token0, token1, token2, token3 = _tokens(path, start, end, length)
+    row0, row1, row2, row3 = _load_all(x_rows, token0, token1, token2, token3, x_l, c_ok)
+    dy0, dy1, dy2, dy3 = _load_all(dy_rows, token0, token1, token2, token3, dy_l, c_ok)
+    then0, then1, then2, then3 = _tokens(path, start + 4, end, length)
+    for t in range(8, steps + 8, 4):
+        n0, n1, n2, n3 = _floats(row0, row1, row2, row3)
+        g0, g1, g2, g3 = _floats(dy0, dy1, dy2, dy3)
+        back1, back2, back3, at0, at1, at2, at3 = at3, at2, at1, token0, token1, token2, token3
+        token0, token1, token2, token3 = then0, then1, then2, then3
+        row0, row1, row2, row3 = _load_all(x_rows, token0, token1, token2, token3, x_l, c_ok)
+        dy0, dy1, dy2, dy3 = _load_all(dy_rows, token0, token1, token2, token3, dy_l, c_ok)
+        then0, then1, then2, then3 = _tokens(path, start + t, end, length)
+        sa = _slope(g0, n0, x1, x2, x3, tap0, tap1, tap2, tap3, shift, WIDTH, SILU)
+        _store(dx_rows, back3, dx_l, c_ok, _convolved(s3, s2, s1, sa, tap0, tap1, tap2, tap3, 0.0, WIDTH))
+        sum0, sum1, sum2, sum3, sum_bias = _with_step(sum0, sum1, sum2, sum3, sum_bias, sa, n0, x1, x2, x3)
+        sb = _slope(g1, n1, n0, x1, x2, tap0, tap1, tap2, tap3, shift, WIDTH, SILU)
+        _store(dx_rows, back2, dx_l, c_ok, _convolved(s2, s1, sa, sb, tap0, tap1, tap2, tap3, 0.0, WIDTH))
+        sum0, sum1, sum2, sum3, sum_bias = _with_step(sum0, sum1, sum2, sum3, sum_bias, sb, n1, n0, x1, x2)
+        sc = _slope(g2, n2, n1, n0, x1, tap0, tap1, tap2, tap3, shift, WIDTH, SILU)
+        _store(dx_rows, back1, dx_l, c_ok, _convolved(s1, sa, sb, sc, tap0, tap1, tap2, tap3, 0.0, WIDTH))
+        sum0, sum1, sum2, sum3, sum_bias = _with_step(sum0, sum1, sum2, sum3, sum_bias, sc, n2, n1, n0, x1)
+        sd = _slope(g3, n3, n2, n1, n0, tap0, tap1, tap2, tap3, shift, WIDTH, SILU)
+        _store(dx_rows, at0, dx_l, c_ok, _convolved(sa, sb, sc, sd, tap0, tap1, tap2, tap3, 0.0, WIDTH))
+        sum0, sum1, sum2, sum3, sum_bias = _with_step(sum0, sum1, sum2, sum3, sum_bias, sd, n3, n2, n1, n0)
+        x1, x2, x3 = n3, n2, n1
+        s1, s2, s3 = sd, sc, sb
+
+    # Three steps of the next segment; where there is none, they are zeros.
+    beyond = tl.where(end == start + steps, tl.minimum(end + 3, length), 0)
+    token0, token1, token2, _ = _tokens(path, start + steps, beyond, length)
+    n0 = _load(x_rows, token0, x_l, c_ok).to(tl.float32)
+    n1 = _load(x_rows, token1, x_l, c_ok).to(tl.float32)
+    n2 = _load(x_rows, token2, x_l, c_ok).to(tl.float32)
+    g0 = _load(dy_rows, token0, dy_l, c_ok).to(tl.float32)
+    g1 = _load(dy_rows, token1, dy_l, c_ok).to(tl.float32)
+    g2 = _load(dy_rows, token2, dy_l, c_ok).to(tl.float32)
+    sa = _slope(g0, n0, x1, x2, x3, tap0, tap1, tap2, tap3, shift, WIDTH, SILU)
+    _store(dx_rows, at1, dx_l, c_ok, _convolved(s3, s2, s1, sa, tap0, tap1, tap2, tap3, 0.0, WIDTH))
+    sb = _slope(g1, n1, n0, x1, x2, tap0, tap1, tap2, tap3, shift, WIDTH, SILU)
+    _store(dx_rows, at2, dx_l, c_ok, _convolved(s2, s1, sa, sb, tap0, tap1, tap2, tap3, 0.0, WIDTH))
+    sc = _slope(g2, n2, n1, n0, x1, tap0, tap1, tap2, tap3, shift, WIDTH, SILU)
+    _store(dx_rows, at3, dx_l, c_ok, _convolved(s1, sa, sb, sc, tap0, tap1, tap2, tap3, 0.0, WIDTH))
+
+    group = tl.program_id(0) // (tl.cdiv(dim, BLOCK) * num_paths)
+    at = sums + (group.to(tl.int64) * num_paths + k) * (WIDTH + 1) * dim + c
     tl.store(at + (WIDTH - 1) * dim, tl.sum(sum0, axis=0), mask=c_ok)
     if WIDTH > 1:
         tl.store(at + (WIDTH - 2) * dim, tl.sum(sum1, axis=0), mask=c_ok)
@@ -175,32 +283,25 @@ def _conv_backward_kernel(
     tl.store(at + WIDTH * dim, tl.sum(sum_bias, axis=0), mask=c_ok)
 
 
-@_jit
-def _conv_input_kernel(
-    slope, weight, steps, dx, tiles, length, num_paths, dim, w_k,
-    WIDTH: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    """Tiles of tokens in raster order: a token's gradient is a sum over the paths, in one program's registers."""
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(dim, BLOCK)
-    c = pid % blocks * BLOCK + tl.arange(0, BLOCK)
-    c_ok = c < dim
-    pid = pid // blocks
-    tiles_a_image = tl.cdiv(length, T)
-    batch = tiles // tiles_a_image
-    token = pid % tiles_a_image * T + tl.arange(0, T)
-    image = (pid // tiles_a_image).to(tl.int64)
-    grad = tl.zeros([T, BLOCK], tl.float32)
-    for path_index in range(num_paths):
-        k = tl.cast(path_index, tl.int64)
-        rows = slope + (k * batch + image) * length * dim
-        t = tl.load(steps + k * length + token, mask=token < length, other=length)
-        for ahead in tl.static_range(WIDTH):
-            tap = _tap(weight, k, w_k, ahead, dim, c, c_ok, WIDTH)
-            step = tl.where(t + ahead < length, t + ahead, -1)
-            grad += tap[None, :] * load_rows(rows, step, tl.cast(dim, OFFSET), c, c_ok).to(tl.float32)
-    token = tl.where(token < length, token, -1)
-    store_rows(dx + image * length * dim, token, tl.cast(dim, OFFSET), c, c_ok, grad)
+@functools.lru_cache(maxsize=1024)
+def _segments(images: int, length: int, walks: int, wanted: int) -> tuple[int, int]:
+    """Number and steps of the segments of ``images`` paths of a length, ``walks`` times for other channels and paths.
+
+    Few long ones look back and forth seldom; short ones fill the device, and leave no program to be waited for.
+    """
+
+    def cost(steps: int) -> int:
+        waves = triton.cdiv(triton.cdiv(images * triton.cdiv(length, steps), ROWS) * walks, wanted)
+        return waves * (steps + 6)
+
+    steps = min(range(_UNROLLED, _LONGEST + 1, _UNROLLED), key=cost)
+    return images * triton.cdiv(length, steps), steps
+
+
+def _plan(x: Tensor, num_paths: int, config: _Config) -> tuple[dict[str, int], int]:
+    walks = triton.cdiv(x.shape[2], BLOCK) * num_paths
+    segments, steps = _segments(x.shape[0], x.shape[1], walks, multiprocessors(x.device) * config.programs)
+    return {"segments": segments, "steps": steps}, triton.cdiv(segments, ROWS)
 
 
 def _arguments(x, weight, bias, paths, silu) -> dict:
@@ -221,19 +322,9 @@ def _arguments(x, weight, bias, paths, silu) -> dict:
         "length": length, "num_paths": paths.shape[0], "dim": dim, "x_b": x.stride(0), "x_l": x.stride(1),
         "w_k": 0 if shared else weight.stride(0),
         "bias_k": 0 if bias is None else bias.stride(0), "paths_k": paths.stride(0), "WIDTH": weight.shape[1],
-        "BLOCK": BLOCK, "ALIGN": alignment(dim, x.stride(0), x.stride(1)),
+        "ROWS": ROWS, "BLOCK": BLOCK, "ALIGN": alignment(dim, x.stride(0), x.stride(1)),
         "OFFSET": offset_type(length, paths.shape[0] * dim, x.stride(1)), "SILU": silu,
     }  # fmt: skip
-
-
-def _tiles(x: Tensor, steps: int) -> dict[str, int]:
-    return {"T": steps, "tiles": x.shape[0] * triton.cdiv(x.shape[1], steps)}
-
-
-def _walkers(x: Tensor, num_paths: int, config: _Config) -> int:
-    """How many programs share out the tiles of a path and a block of channels."""
-    parts = triton.cdiv(x.shape[2], BLOCK) * num_paths
-    return min(_tiles(x, config.steps)["tiles"], triton.cdiv(multiprocessors(x.device) * config.programs, parts))
 
 
 def causal_conv1d_forward(x, weight, bias, paths, silu) -> Tensor:
@@ -241,9 +332,10 @@ def causal_conv1d_forward(x, weight, bias, paths, silu) -> Tensor:
     given = _arguments(x, weight, bias, paths, silu)
     y = x.new_empty(x.shape[0], x.shape[1], paths.shape[0], x.shape[2])
     if y.numel() > 0:
-        programs = _walkers(x, len(paths), _FORWARD) * len(paths) * triton.cdiv(x.shape[2], BLOCK)
+        segments, groups = _plan(x, len(paths), _FORWARD)
+        programs = groups * len(paths) * triton.cdiv(x.shape[2], BLOCK)
         with on_device(x):
-            launch(_conv_forward_kernel, (programs,), given | _tiles(x, _FORWARD.steps) | {"y": y}, 4)
+            launch(_conv_forward_kernel, (programs,), given | segments | {"y": y}, 4, _FORWARD.registers)
     return y
 
 
@@ -253,25 +345,21 @@ def causal_conv1d_backward(dy, x, weight, bias, paths, silu):
     check_dtypes(dy=dy)
     dy = dense(dy)
     num_paths, dim, width = weight.shape
-    blocks = triton.cdiv(dim, BLOCK)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    slope = x.new_empty(num_paths, *x.shape)
-    steps = torch.empty_like(paths, memory_format=torch.contiguous_format)
-    walkers = _walkers(x, num_paths, _BACKWARD) if dy.numel() > 0 else 0
+    by_path = new_by_path(x, *x.shape[:2], num_paths, dim, merge=True)
+    segments, groups = _plan(x, num_paths, _BACKWARD) if dy.numel() > 0 else ({}, 0)
     # One sum a program, added up afterwards in a fixed order: equal bits every time, which atomics would not give.
-    sums = x.new_empty(walkers, num_paths, width + 1, dim, dtype=torch.float32)
+    sums = x.new_empty(groups, num_paths, width + 1, dim, dtype=torch.float32)
     given |= {
-        "dy": dy, "slope": slope, "steps": steps, "sums": sums, "dx": dx,
+        "dy": dy, "dx": by_path, "sums": sums,
         "dy_b": dy.stride(0), "dy_l": dy.stride(1), "dy_k": dy.stride(2),
+        "dx_b": by_path.stride(0), "dx_l": by_path.stride(1), "dx_k": by_path.stride(2),
         "ALIGN": alignment(given["ALIGN"], *dy.stride()[:-1]),
         "OFFSET": offset_type(given["length"], num_paths * dim, x.stride(1), dy.stride(1)),
     }  # fmt: skip
     if dy.numel() > 0:
+        programs = groups * num_paths * triton.cdiv(dim, BLOCK)
         with on_device(x):
-            programs = walkers * num_paths * blocks
-            launch(_conv_backward_kernel, (programs,), given | _tiles(x, _BACKWARD.steps), 4, _BACKWARD.registers)
-            given |= _tiles(x, _INPUT_STEPS)
-            launch(_conv_input_kernel, (given["tiles"] * blocks,), given, 4)
+            launch(_conv_backward_kernel, (programs,), given | segments, 4, _BACKWARD.registers)
     sums = sums.sum(0)
     dweight = sums[:, :width].transpose(1, 2).contiguous().to(weight.dtype)
-    return dx, dweight, sums[:, width].to(bias.dtype) if bias is not None else None
+    return sum_of_paths(by_path), dweight, sums[:, width].to(bias.dtype) if bias is not None else None

@@ -31,12 +31,14 @@ from .runtime import (
     load_rows,
     locate,
     multiprocessors,
+    new_by_path,
     offset_type,
     on_device,
     sigmoid,
     softplus,
     step_of,
     store_rows,
+    sum_of_paths,
     visited,
 )
 
@@ -868,19 +870,6 @@ def _launch(launches: list[tuple], device: torch.device) -> None:
         launch(*given)
 
 
-def _by_path(u: Tensor, batch: int, length: int, num_paths: int, dim: int, merge: bool) -> Tensor:
-    """New (batch, L, K, D); each path's part dense where the parts will be added."""
-    if merge and num_paths > 1:
-        return u.new_empty(num_paths, batch, length, dim).permute(1, 2, 0, 3)
-    return u.new_empty(batch, length, num_paths, dim)
-
-
-def _merged(by_path: Tensor) -> Tensor:
-    """Sum over the paths, (batch, L, D). PyTorch adds in float32, two tensors in half the time of its sum."""
-    paths = by_path.unbind(2)
-    return paths[0] if len(paths) == 1 else paths[0] + paths[1] if len(paths) == 2 else by_path.sum(2)
-
-
 def selective_scan_forward(
     u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, delta_weight=None,
     overwrite_delta=False,
@@ -916,7 +905,7 @@ def selective_scan_forward(
     initial = _state_rows(initial_state)
     last_state = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
     states = new_states(u, delta, B, num_states, save_states)
-    y = delta if overwrite else _by_path(u, batch, length, 1 if plan.loop_paths else num_paths, dim, merge)
+    y = delta if overwrite else new_by_path(u, batch, length, 1 if plan.loop_paths else num_paths, dim, merge)
     given = dict(
         **x.tensors, **x.sizes, **x.strides, **_names("y", y, "blk"), **_names("h", initial, "bskn"),
         initial=initial, y=y, last_state=last_state, states=states, saves=int(save_states), change=None, total=None,
@@ -935,7 +924,7 @@ def selective_scan_forward(
     with on_device(u):
         _launch(launches, u.device)
     if merge:
-        y = _merged(y)
+        y = sum_of_paths(y)
     return y, last_state, states
 
 
@@ -1004,7 +993,7 @@ def selective_scan_backward(
             return torch.empty_like(tensor, memory_format=torch.contiguous_format), False
         if plan.loop_paths:
             return u.new_empty(batch, length, 1, dim), True
-        return _by_path(u, batch, length, num_paths, dim, merge=True), False
+        return new_by_path(u, batch, length, num_paths, dim, merge=True), False
 
     def partial(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return u.new_empty(shape, dtype=dtype)
@@ -1057,7 +1046,7 @@ def selective_scan_backward(
         _launch(launches, u.device)
 
     def summed(grad: Tensor, like: Tensor) -> Tensor:
-        return (_merged(grad).unsqueeze(2) if grad.shape[2] > like.shape[2] else grad).to(like.dtype)
+        return (sum_of_paths(grad).unsqueeze(2) if grad.shape[2] > like.shape[2] else grad).to(like.dtype)
 
     return (
         summed(du, u),
