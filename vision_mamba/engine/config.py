@@ -179,7 +179,7 @@ class TrainConfig:
         choices=("default", "reduce-overhead", "max-autotune"),
     )
     cuda_graphs: bool = _key(
-        False, "replay forward and backward as CUDA graphs (one GPU): no compiler, and no waiting for Python"
+        False, "replay forward and backward as CUDA graphs: no compiler, and no waiting for Python"
     )
     accumulate: int = _key(1, "forward passes per optimiser step", low=1)
     loss: str = _key("ce", "cross entropy, or binary cross entropy per class", choices=("ce", "bce"))

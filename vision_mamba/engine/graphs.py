@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 MAX_CAPTURES = 64  # of one net: a capture takes about a second, and some MB of the device for its list of kernels
@@ -34,6 +35,9 @@ class TrainingGraphs:
     the input itself wants a gradient, and if the backward pass of the last replay is still to come: the memory that it
     needs is not free. The backward pass of a replay can run once.
 
+    Under DistributedDataParallel each process has captures of its own, of the kinds that it sees; gradients are
+    averaged once a replay has handed them over.
+
     Copies, also unpickled ones, start without captures.
     """
 
@@ -54,7 +58,7 @@ class TrainingGraphs:
             x: the input.
 
         Raises:
-            RuntimeError: the passes cannot be captured.
+            RuntimeError: the passes cannot be captured, or the net's SyncBatchNorm would wait for another process.
         """
         if not self._possible(net, x):
             return forward(x)
@@ -114,6 +118,13 @@ class TrainingGraphs:
         trainable: Sequence[Tensor],
         autocast: torch.dtype | None,
     ) -> _Capture:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for name, module in net.named_modules():
+                if isinstance(module, nn.SyncBatchNorm):
+                    raise RuntimeError(
+                        f"{name} is a SyncBatchNorm, which waits for processes that need not capture when this one "
+                        "does; use BatchNorm2d, or set cuda_graphs=False"
+                    )
         buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
         random_numbers = torch.cuda.get_rng_state(x.device)
         with torch.cuda.device(x.device):
@@ -138,6 +149,22 @@ class TrainingGraphs:
                 with torch.no_grad():
                     for buffer, value in buffers:
                         buffer.copy_(value)
+
+
+class Replayed(nn.Module):
+    """A net whose training passes are replayed, in the form that DistributedDataParallel takes.
+
+    Args:
+        net: see `TrainingGraphs`, which says when a pass is not replayed.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self._graphs = TrainingGraphs()
+
+    def forward(self, x: Tensor) -> Any:
+        return self._graphs(self.net, self.net, x)
 
 
 class CaptureError(RuntimeError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +33,7 @@ from vision_mamba.engine.distributed import (
     stop_processes,
 )
 from vision_mamba.engine.evaluate import AMP_DTYPES, evaluate, write_per_class
-from vision_mamba.engine.graphs import TrainingGraphs
+from vision_mamba.engine.graphs import Replayed
 from vision_mamba.engine.logs import EpochLog, Progress
 from vision_mamba.engine.plots import plot_confusion, plot_curves
 from vision_mamba.errors import UserError
@@ -74,8 +73,8 @@ def _train(config: Config, output: Path, resume: str | Path | None, held: contex
     main = rank == 0
     if device.type == "cpu" and config.train.amp == "fp16":
         raise UserError("train.amp=fp16 needs a GPU; use bf16 on the CPU")
-    if config.train.cuda_graphs and (device.type == "cpu" or world_size > 1):
-        raise UserError("train.cuda_graphs needs one process on a GPU; unset it")
+    if config.train.cuda_graphs and device.type == "cpu":
+        raise UserError("train.cuda_graphs needs a GPU; unset it")
     saved = find_state(output, resume)
     seed_all(config.train.seed)
 
@@ -152,12 +151,10 @@ def _train(config: Config, output: Path, resume: str | Path | None, held: contex
                 else "resuming: all epochs are done"
             )
 
-    net = model
+    net: nn.Module = Replayed(model) if config.train.cuda_graphs else model
     if world_size > 1:
-        net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
     forward = torch.compile(net, mode=config.train.compile_mode) if config.train.compile else net
-    if config.train.cuda_graphs:
-        forward = partial(TrainingGraphs(), model, model)
     trainable = [p for p in model.parameters() if p.requires_grad]
 
     def state(epoch: int, step_in_epoch: int, images_seen: torch.Tensor) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
-from mmengine.dist import get_world_size
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from timm.models import group_parameters
@@ -49,7 +48,7 @@ class VisionMambaBackbone(BaseModule):
         with_cp: recompute blocks in the backward pass: less memory, more time. ``"selective"``: all but their scans.
         cuda_graphs: on a GPU, replay training passes as CUDA graphs instead of launching their kernels from Python,
             which small batches wait for. The first batch of every size costs about a second; the memory that the
-            largest size needs is kept. Sizes beyond the first 64 run eagerly, with a warning. One process only; with
+            largest size needs is kept. Sizes beyond the first 64 run eagerly, with a warning. With
             ``with_cp`` only without ``drop_path_rate``; drop rates are fixed with the first pass. More in
             :class:`vision_mamba.engine.graphs.TrainingGraphs`.
         in_channels: image channels.
@@ -86,8 +85,6 @@ class VisionMambaBackbone(BaseModule):
                 "cuda_graphs with with_cp cannot drop the same paths again when it recomputes: set drop_path_rate=0, "
                 "or unset one of the two"
             )
-        if cuda_graphs:
-            _check_one_process()
         if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg):
             raise ValueError(f"init_cfg={init_cfg}: only dict(type='Pretrained', checkpoint='FILE') is supported")
         super().__init__(init_cfg)
@@ -140,7 +137,6 @@ class VisionMambaBackbone(BaseModule):
         x = self._pad(x)
         if self._graphs is None or not self.training:
             return self._maps(x)
-        _check_one_process()  # others may have been started since the backbone was built
         return self._graphs(self.net, self._maps, x)
 
     def layer_ids(self) -> dict[str, int]:
@@ -200,13 +196,6 @@ class VisionMambaBackbone(BaseModule):
                 if parameters and not any(p.requires_grad for p in parameters):
                     module.eval()
         return self
-
-
-def _check_one_process() -> None:
-    if (processes := get_world_size()) > 1:
-        raise ValueError(
-            f"cuda_graphs needs one process, and there are {processes}: set model.backbone.cuda_graphs=False"
-        )
 
 
 def _create_features(name: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
