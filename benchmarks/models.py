@@ -82,7 +82,7 @@ def with_peers(device: str, results: Path = RESULTS) -> dict[str, Any]:
     """The last results of all families on a device (``"h100"``), a row for each of our models and each peer of it.
 
     ``run`` says how the passes were started: eager, compiled, graph, checkpointed, selective. Each row has the commit,
-    command and date of its family's file; ``error`` is why a peer has no figure.
+    command and date of its family's file, or its own; ``error`` is why a peer has no figure.
     """
     rows, last = [], {}
     for name, family in FAMILIES.items():
@@ -99,7 +99,7 @@ def with_peers(device: str, results: Path = RESULTS) -> dict[str, Any]:
                     "images_per_s": ours["images_per_s"], "peak_mib": ours["mib"],
                     "peer": peer["model"], "peer_images_per_s": peer.get("images_per_s"),
                     "peer_peak_mib": peer.get("mib"), "error": peer.get("error"),
-                    **{k: report[k] for k in ("commit", "command", "date")},
+                    **{k: ours.get(k, report[k]) for k in ("commit", "command", "date")},
                 })  # fmt: skip
         if report["rows"] and report["date"] >= last.get("date", ""):
             last = {k: report.get(k) for k in ("device", "torch", "triton", "timm", "commit", "command", "date")}

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tests.conftest import assert_close
 from vision_mamba.layers import MambaMixer, OverlapPatchEmbed, mamba
-from vision_mamba.layers.mamba import FusedMambaMixer, FusedScan, shared_linear
+from vision_mamba.layers.mamba import CastLinear, FusedMambaMixer, FusedScan, shared_linear
 from vision_mamba.layers.ss2d import SS2D, FusedSS2D
 
 
@@ -79,9 +79,11 @@ def test_fused_mixer_is_the_mixer(options, many, monkeypatch):
     with torch.no_grad():
         x = torch.randn(2, 20, 12)
         assert_close("float32", fused(x, paths), mixer(x, paths), 1e-5)
-        hook = fused.in_proj.register_forward_hook(lambda module, given, product: 2 * product)
-        assert_close("hook", fused(x, paths), mixer(x, paths), 1e-5)  # the mixer's projection is the same module
-        hook.remove()
+        hooks = [m.in_proj.register_forward_hook(lambda module, given, product: 2 * product) for m in (fused, mixer)]
+        assert_close("hook", fused(x, paths), mixer(x, paths), 1e-5)
+        assert_close("hook before", FusedMambaMixer(mixer)(x, paths), mixer(x, paths), 1e-5)
+        for hook in hooks:
+            hook.remove()
         # What was cast in the pass before is of no use any more.
         x, fused = x.double(), fused.double()
         assert_close("float64", fused(x, paths), MambaMixer.forward(mixer.double(), x, paths), 1e-6)
@@ -101,22 +103,51 @@ def test_what_a_fused_scan_keeps():
 
     compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
     assert_close("compiled", compiled(u, None, paths, "sum"), expected, 1e-6)
-    assert not scan._cast
+    assert not scan._cast.kept
     with torch.inference_mode():
         assert_close("inference", scan(u, None, paths, "sum"), expected, 1e-6)
-    (kept,) = scan._cast.values()
+    kept = scan._cast("rows", scan.rows, torch.float64)
     leaf = u.clone().requires_grad_()
     y = scan(leaf, None, paths, "sum")
     (gradient,) = torch.autograd.grad(y.square().sum(), leaf)
     leaf = u.clone().requires_grad_()
     (expected_gradient,) = torch.autograd.grad(exact(leaf, None, paths, "sum").square().sum(), leaf)
     assert_close("gradient", gradient, expected_gradient, 1e-6)
-    assert kept[0] is scan._matrices(torch.float64)[0]
+    assert kept is scan._cast("rows", scan.rows, torch.float64)
 
     state = {name: tensor.clone() for name, tensor in scan.state_dict().items()}
     state["rows"] *= 2
     scan.load_state_dict(state)
-    assert_close("other parameters", scan._matrices(torch.float64)[0], state["rows"].double(), 1e-12)
+    assert_close("other parameters", scan._cast("rows", scan.rows, torch.float64), state["rows"].double(), 1e-12)
+
+
+def test_a_layer_that_is_cast_once():
+    """It is not missed that its parameters have changed, been replaced, moved or want gradients."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(6, 4)
+    layer = CastLinear.instead_of(plain)
+    x = torch.randn(3, 6, dtype=torch.bfloat16)
+
+    def agrees(weight=plain.weight):
+        expected = torch.nn.functional.linear(x, weight.bfloat16(), plain.bias.bfloat16())
+        return torch.equal(layer(x), expected)
+
+    with torch.no_grad():
+        assert agrees() and len(layer._cast.kept) == 2
+        assert layer.cast(torch.bfloat16)[0] is layer.cast(torch.bfloat16)[0]
+        plain.weight.mul_(2)
+        assert agrees()
+        layer.weight = torch.nn.Parameter(torch.randn(4, 6))
+        assert agrees(layer.weight)
+        layer.load_state_dict(plain.state_dict())
+        assert agrees()
+        layer.double().float()
+        assert agrees()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    plain.register_forward_hook(lambda module, given, product: None)
+    assert CastLinear.instead_of(plain) is plain
 
 
 @pytest.mark.parametrize("gate", [False, True])

@@ -598,7 +598,7 @@ def test_other_lengths_compile_nothing_new():
 
     def compiled() -> int:
         gluon = module._uses_gluon(16, torch.device(DEVICE))
-        kernels_used = module._kernels(module._forward_config(16)._replace(gluon=gluon))
+        kernels_used = module._kernels(gluon)
         return sum(len(cache[0]) for kernel in set(kernels_used) for cache in kernel.device_caches.values())
 
     counts = []
@@ -625,7 +625,7 @@ def test_kernels_of_spans_are_compiled_together(states, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(runtime, "_compiled", set())
     gluon = module._uses_gluon(states, torch.device(DEVICE))
-    used = {*module._kernels(module._forward_config(states)._replace(gluon=gluon)), module._link_spans_kernel}
+    used = {*module._kernels(gluon), module._link_spans_kernel}
     for kernel in {*used, module._add_partials_kernel}:  # as in a new process
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.device_caches.default_factory))
     together = []

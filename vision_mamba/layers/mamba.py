@@ -118,6 +118,60 @@ def _input_rows(weight: Tensor, d_state: int, own_tokens: bool) -> Tensor:
     return torch.cat([pieces[3 * k + part] for part in range(3) for k in range(K)])
 
 
+class CastOnce:
+    """Tensors in another dtype, which autocast would make anew in every pass: kept until they change or are replaced.
+
+    For inference: what is kept has no gradient, and a CUDA graph that has read it does not see a tensor change later.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, torch.dtype], tuple[Tensor, tuple[int, int], Tensor]] = {}
+
+    def __call__(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if tensor.dtype == dtype or torch.compiler.is_compiling():
+            return tensor.to(dtype)
+        state = tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+        kept = self.kept.get((name, dtype))
+        if kept is not None and kept[0] is tensor and kept[1] == state:
+            return kept[2]
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            return tensor.to(dtype)  # in memory that the graph's next run writes over
+        # What is made in inference mode could not be used outside of it with gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            cast = tensor.to(dtype)
+        self.kept[name, dtype] = tensor, state, cast
+        return cast
+
+
+class CastLinear(nn.Linear):
+    """A linear layer for inference, whose parameters are cast to the dtype of its input once.
+
+    Args:
+        linear: whose parameters it has.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self._cast = CastOnce()
+
+    @classmethod
+    def instead_of(cls, linear: nn.Linear) -> nn.Linear:
+        """Of a plain layer; one with hooks, or what an adapter has put in its place, stays what it is."""
+        return cls(linear) if type(linear) is nn.Linear and not are_observed(linear) else linear
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in this dtype; themselves where they want gradients."""
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return self.weight, self.bias
+        bias = None if self.bias is None else self._cast("bias", self.bias, dtype)
+        return self._cast("weight", self.weight, dtype), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self.cast(x.dtype))
+
+
 class FusedScan(nn.Module):
     """The projections and the scan of a mixer, for inference: what comes of parameters alone is computed once.
 
@@ -153,29 +207,15 @@ class FusedScan(nn.Module):
         self.register_buffer("dt_bias", dt_proj_bias.detach().clone())
         self.register_buffer("rows", _input_rows(x_proj_weight.detach(), self.d_state, own_tokens))
         self.register_buffer("dt_rows", block_diagonal(dt_proj_weight.detach()))
-        self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._cast = CastOnce()
 
     def _apply(self, fn, recurse=True):
-        self._cast.clear()
+        self._cast.kept.clear()  # with them the memory of buffers that are about to be others
         return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args) -> None:
-        self._cast.clear()
-        super()._load_from_state_dict(*args)
-
-    def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``rows`` and ``dt_rows`` in this dtype, cast once: autocast would do it in every pass."""
-        if dtype in self._cast:
-            return self._cast[dtype]
-        if torch.compiler.is_compiling() or (self.rows.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return self.rows.to(dtype), self.dt_rows.to(dtype)  # in memory that the graph's next run writes over
-        with torch.inference_mode(False):  # what is made in it could not be used outside with gradients
-            self._cast[dtype] = self.rows.to(dtype), self.dt_rows.to(dtype)
-        return self._cast[dtype]
 
     def forward(self, u: Tensor, z: Tensor | None, paths: Tensor, merge: str) -> Tensor:
         """Tokens (batch, L, D) or (batch, L, K, D), gate (batch, L, D) -> as :func:`selective_scan`."""
-        rows, dt_rows = self._matrices(u.dtype)
+        rows, dt_rows = self._cast("rows", self.rows, u.dtype), self._cast("dt_rows", self.dt_rows, u.dtype)
         D, bias, states = self.D, self.dt_bias, self.sets * self.d_state
         dt, B, C = F.linear(u.flatten(2), rows).split((dt_rows.shape[1], states, states), dim=-1)
         delta = F.linear(dt, dt_rows)
@@ -312,8 +352,12 @@ class FusedMambaMixer(nn.Module):
     def __init__(self, mixer: MambaMixer) -> None:
         super().__init__()
         K = mixer.num_paths
-        self.share_paths, self.in_proj = mixer.share_paths, mixer.in_proj
-        self.register_buffer("conv_weight", mixer.conv_weight.detach().clone())
+        self.share_paths, self.in_proj = mixer.share_paths, CastLinear.instead_of(mixer.in_proj)
+        # As the Triton kernels read it, channels last in memory: no copy in every pass.
+        self.register_buffer(
+            "conv_weight",
+            mixer.conv_weight.detach().transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2),
+        )
         self.register_buffer("conv_bias", mixer.conv_bias.detach().clone())
         self.scan = FusedScan(
             mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D,
@@ -322,16 +366,17 @@ class FusedMambaMixer(nn.Module):
         weight = mixer.out_proj.weight.detach() / (K if mixer.average else 1)
         if mixer.gamma is not None:
             weight = weight * mixer.gamma.detach()[:, None]
-        self.out_proj = nn.Linear(K * weight.shape[1], weight.shape[0], bias=False, device="meta")
-        self.out_proj.weight = nn.Parameter(weight.repeat(1, K), requires_grad=False)
+        out_proj = nn.Linear(K * weight.shape[1], weight.shape[0], bias=False, device="meta")
+        out_proj.weight = nn.Parameter(weight.repeat(1, K), requires_grad=False)
+        self.out_proj = CastLinear(out_proj)
 
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
         """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
         conv_paths = None if self.share_paths else paths
         proj = self.in_proj
         # What adapters and hooks put on the projection would be passed by.
-        if x.shape[0] * x.shape[1] >= _MANY_TOKENS and type(proj) is nn.Linear and not are_observed(proj):
-            of_tokens, of_z = proj.weight.chunk(2)
+        if x.shape[0] * x.shape[1] >= _MANY_TOKENS and type(proj) is CastLinear and not are_observed(proj):
+            of_tokens, of_z = proj.cast(x.dtype)[0].chunk(2)
             tokens = _convolved(F.linear(x, of_tokens), self.conv_weight, self.conv_bias, conv_paths)
             z = F.linear(x, of_z)
         else:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..ops import selective_scan
 from ..paths import SS2D as SS2D_PATHS
 from ..paths import expand_paths, scan_paths
-from .mamba import FusedScan, init_scan_parameters, scan_inputs, state_matrix
+from .mamba import CastLinear, FusedScan, init_scan_parameters, scan_inputs, state_matrix
 from .norm import add_layer_norm
 
 
@@ -121,11 +121,11 @@ class FusedSS2D(SS2D):
     def __init__(self, mixer: SS2D) -> None:
         nn.Module.__init__(self)
         self.gate, self.path_names = mixer.gate, mixer.path_names
-        self.in_proj, self.conv2d = mixer.in_proj, mixer.conv2d
+        self.in_proj, self.conv2d = CastLinear.instead_of(mixer.in_proj), mixer.conv2d
         self.fused = FusedScan(
             mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D, own_tokens=False
         )
-        self.out_norm, self.out_proj = mixer.out_norm, mixer.out_proj
+        self.out_norm, self.out_proj = mixer.out_norm, CastLinear.instead_of(mixer.out_proj)
 
     def fuse(self) -> nn.Module:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -44,6 +45,7 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
     return name
 
 
+@functools.cache  # every operator asks for it, and an import takes its time even where there is nothing to do
 def load_backend(name: str) -> ModuleType:
     """The package of a backend, imported at first use: numba and triton are slow to import."""
     return importlib.import_module(f".{name}", __package__)

@@ -7,7 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import OPTIONS, alignment, check_dtypes, jit_without, load_rows, multiprocessors, on_device, store_rows
+from .runtime import (
+    OPTIONS,
+    alignment,
+    cdiv,
+    check_dtypes,
+    jit_without,
+    load_rows,
+    multiprocessors,
+    on_device,
+    power_of_2,
+    store_rows,
+)
 
 _TILE = 2048  # numbers a program holds of a tensor at once, where a row is not longer
 _PROGRAMS = 8  # a multiprocessor, in the backward pass: each adds one row to the sums over rows
@@ -92,7 +103,7 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
 
 def _tile(dim: int) -> tuple[dict[str, int], int]:
     """Compile-time sizes by the number of channels alone, and the number of warps."""
-    block = triton.next_power_of_2(dim)
+    block = power_of_2(dim)
     return {"ROWS": max(_TILE // block, 1), "BLOCK": block}, min(max(block // 512, 4), 16)
 
 
@@ -111,7 +122,7 @@ def add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype, dtype)
     tile, warps = _tile(dim)
     if x.numel() > 0:
         with on_device(x):
-            _norm_forward_kernel[(triton.cdiv(len(rows_x), tile["ROWS"]),)](
+            _norm_forward_kernel[(cdiv(len(rows_x), tile["ROWS"]),)](
                 rows_x, rows_residual, weight.contiguous(), None if bias is None else bias.contiguous(), normed, total,
                 len(rows_x), dim, *strides.values(), eps, **tile, ALIGN=alignment(dim, *strides.values()), RMS=rms,
                 num_warps=warps, **OPTIONS,
@@ -126,13 +137,13 @@ def add_norm_backward(dnormed, dsum, total, weight, bias, eps, rms, dtypes):
     rows, dim = rows_dnormed.shape
     strides = _strides(dnormed=rows_dnormed, dsum=rows_dsum)
     tile, warps = _tile(dim)
-    programs = min(triton.cdiv(rows, tile["ROWS"]), multiprocessors(total.device) * _PROGRAMS)
+    programs = min(cdiv(rows, tile["ROWS"]), multiprocessors(total.device) * _PROGRAMS)
     # One sum a program, added up afterwards in a fixed order: equal bits every time, which atomics would not give.
     dweight = total.new_empty(programs, dim, dtype=torch.float32)
     dbias = None if bias is None else torch.empty_like(dweight)
     grads = [total.new_empty(total.shape, dtype=dtype) for dtype in dtypes]
     if programs > 0:
-        span = triton.cdiv(rows, programs * tile["ROWS"]) * tile["ROWS"]
+        span = cdiv(rows, programs * tile["ROWS"]) * tile["ROWS"]
         with on_device(total):
             _norm_backward_kernel[(programs,)](
                 rows_dnormed, rows_dsum, total.contiguous(), weight.contiguous(), *grads, *[None] * (2 - len(grads)),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .runtime import (
     alignment,
+    cdiv,
     check_dtypes,
     dense,
     jit_without,
@@ -291,17 +292,17 @@ def _segments(images: int, length: int, walks: int, wanted: int) -> tuple[int, i
     """
 
     def cost(steps: int) -> int:
-        waves = triton.cdiv(triton.cdiv(images * triton.cdiv(length, steps), ROWS) * walks, wanted)
+        waves = cdiv(cdiv(images * cdiv(length, steps), ROWS) * walks, wanted)
         return waves * (steps + 6)
 
     steps = min(range(_UNROLLED, _LONGEST + 1, _UNROLLED), key=cost)
-    return images * triton.cdiv(length, steps), steps
+    return images * cdiv(length, steps), steps
 
 
 def _plan(x: Tensor, num_paths: int, config: _Config) -> tuple[dict[str, int], int]:
-    walks = triton.cdiv(x.shape[2], BLOCK) * num_paths
+    walks = cdiv(x.shape[2], BLOCK) * num_paths
     segments, steps = _segments(x.shape[0], x.shape[1], walks, multiprocessors(x.device) * config.programs)
-    return {"segments": segments, "steps": steps}, triton.cdiv(segments, ROWS)
+    return {"segments": segments, "steps": steps}, cdiv(segments, ROWS)
 
 
 def _arguments(x, weight, bias, paths, silu) -> dict:
@@ -333,7 +334,7 @@ def causal_conv1d_forward(x, weight, bias, paths, silu) -> Tensor:
     y = x.new_empty(x.shape[0], x.shape[1], paths.shape[0], x.shape[2])
     if y.numel() > 0:
         segments, groups = _plan(x, len(paths), _FORWARD)
-        programs = groups * len(paths) * triton.cdiv(x.shape[2], BLOCK)
+        programs = groups * len(paths) * cdiv(x.shape[2], BLOCK)
         with on_device(x):
             launch(_conv_forward_kernel, (programs,), given | segments | {"y": y}, 4, _FORWARD.registers)
     return y
@@ -357,7 +358,7 @@ def causal_conv1d_backward(dy, x, weight, bias, paths, silu):
         "OFFSET": offset_type(given["length"], num_paths * dim, x.stride(1), dy.stride(1)),
     }  # fmt: skip
     if dy.numel() > 0:
-        programs = groups * num_paths * triton.cdiv(dim, BLOCK)
+        programs = groups * num_paths * cdiv(dim, BLOCK)
         with on_device(x):
             launch(_conv_backward_kernel, (programs,), given | segments, 4, _BACKWARD.registers)
     sums = sums.sum(0)

@@ -8,6 +8,7 @@ spans which run at once: a first kernel finds what each span does to the state, 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from .runtime import (
     LOG2E,
     VARYING,
     alignment,
+    cdiv,
     check_dtypes,
     compile_together,
     dense,
@@ -34,6 +36,7 @@ from .runtime import (
     new_by_path,
     offset_type,
     on_device,
+    power_of_2,
     sigmoid,
     softplus,
     step_of,
@@ -674,7 +677,7 @@ def _forward_config(num_states: int, fills: bool = True) -> _Config:
     share the states, 4 each, over a longer tile: they exchange sums at every tile, but nothing is walked
     twice as with spans.
     """
-    states = triton.next_power_of_2(num_states)
+    states = power_of_2(num_states)
     warps = min(max(states // 16, 1), 8)
     steps = min(max(64 * warps // states, 4), 16)
     share = min(4, 8 // warps, 16 // steps, states // (4 * warps))
@@ -686,7 +689,7 @@ def _forward_config(num_states: int, fills: bool = True) -> _Config:
 
 def _backward_config(num_states: int) -> _Config:
     """A thread holds half of it, 4 states and 32 numbers: the tile is there as decay, state and gradient."""
-    states = triton.next_power_of_2(num_states)
+    states = power_of_2(num_states)
     warps = min(max(states // 4, 1), 8)
     steps = min(32 * warps // states, 8)
     registers = _REGISTERS if steps * states // warps <= 8 else None  # more numbers would not fit
@@ -702,7 +705,7 @@ def _gluon_forward_config(num_states: int, device: torch.device, programs: int, 
     a quarter of the programs. Fewer still: 16 channels a program, which take another fifth more, unless spans of a long
     path make up for the missing programs. The bounds are those of an H200 (benchmarks/README.md).
     """
-    single = _Config(triton.next_power_of_2(num_states), 8, 1, resident=12, gluon=True)
+    single = _Config(power_of_2(num_states), 8, 1, resident=12, gluon=True)
     wanted = _wanted_programs(device, single)
     if 8 * programs >= 7 * wanted:
         return single
@@ -717,7 +720,7 @@ def _least_forward_spans(config: _Config, length: int) -> int:
 
 
 def _gluon_backward_config(num_states: int) -> _Config:
-    states = triton.next_power_of_2(num_states)
+    states = power_of_2(num_states)
     steps = 64 // states  # a lane then holds 64 numbers of a tile
     return _Config(states, steps, 1, tiles=_chunk(num_states) // steps, resident=16, gluon=True)
 
@@ -748,12 +751,12 @@ def new_states(u: Tensor, delta: Tensor, B: Tensor, num_states: int, save: bool)
     batch, length, num_paths, dim = delta.shape
     numbers, dtype = num_states * dim, torch.float32
     if _uses_gluon(num_states, delta.device):
-        numbers = triton.next_power_of_2(num_states) * dim
+        numbers = power_of_2(num_states) * dim
         if u.dtype == delta.dtype == torch.bfloat16:
             groups = B.shape[3]
-            numbers, dtype = numbers + 8 * groups * triton.cdiv(dim // groups, 16), torch.float16
-        numbers = triton.cdiv(numbers, 32) * 32  # aligned, for wide words
-    chunks = triton.cdiv(length, _chunk(num_states))
+            numbers, dtype = numbers + 8 * groups * cdiv(dim // groups, 16), torch.float16
+        numbers = cdiv(numbers, 32) * 32  # aligned, for wide words
+    chunks = cdiv(length, _chunk(num_states))
     return delta.new_empty((batch, chunks, num_paths, numbers) if save else (0, 0, 0, 0), dtype=dtype)
 
 
@@ -785,8 +788,8 @@ def _plan(batch, length, num_paths, blocks, num_states, device, config, sum_over
     # Each span is walked twice. The first walk costs two thirds of a forward pass, but a fifth of a backward pass.
     if spans < least_spans:
         return _Plan(False, length, 1, programs)
-    span = triton.cdiv(triton.cdiv(length, spans), chunk) * chunk
-    num_spans = triton.cdiv(length, span)
+    span = cdiv(cdiv(length, spans), chunk) * chunk
+    num_spans = cdiv(length, span)
     return _Plan(False, span, num_spans, programs * num_spans)
 
 
@@ -799,15 +802,45 @@ class _Arguments(NamedTuple):
 
     def blocks(self, config: _Config) -> int:
         """Programs that share the channels of a path of an image."""
-        return self.sizes["groups"] * triton.cdiv(self.sizes["per_group"], config.block)
+        return self.sizes["groups"] * cdiv(self.sizes["per_group"], config.block)
 
 
 def _names(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
-    if tensor is None:
+    return _named(name, _form(tensor), axes)
+
+
+_Form = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+
+
+def _form(tensor: Tensor | None) -> _Form | None:
+    return None if tensor is None else (tensor.shape, tensor.stride())
+
+
+def _named(name: str, form: _Form | None, axes: str) -> dict[str, int]:
+    if form is None:
         return {f"{name}_{axis}": 0 for axis in axes}
     # A path axis of size 1 is read by every path.
-    strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    strides = (0 if size == 1 else stride for size, stride in zip(*form, strict=True))
     return {f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(u, delta, A, B, C, D, z, bias, paths) -> tuple[dict, dict, int, tl.dtype]:
+    """Sizes, strides, alignment of rows and type of offsets, from the tensors' forms; to work them out takes 0.1 ms."""
+    (_, length, num_paths, dim), (_, _, _, *of_state) = delta[0], B[0]
+    rows = _named("u", u, "blk") | _named("delta", delta, "blk") | _named("z", z, "blk")
+    states = _named("B", B, "blkg") | _named("C", C, "blkg")
+    strides = rows | states | _named("A", A, "kdn")
+    strides |= _named("D", D, "k") | _named("bias", bias, "k") | _named("paths", paths, "k")
+    groups = of_state[0]
+    sizes = {
+        "length": length, "num_paths": num_paths, "groups": groups, "per_group": dim // groups, "border_n": dim,
+        "STATE_ALIGN": alignment(*states.values()),
+    }  # fmt: skip
+    # The rows of the arguments, of ddelta, and of what is added up to dB and dC.
+    rows_l = (stride for name, stride in strides.items() if name.endswith("_l"))
+    offset = offset_type(length, num_paths * dim, num_paths * math.prod(of_state), *rows_l)
+    return sizes, strides, alignment(dim, *rows.values()), offset
 
 
 def _arguments(u, delta, A, B, C, D, z, delta_bias, paths) -> _Arguments:
@@ -817,25 +850,12 @@ def _arguments(u, delta, A, B, C, D, z, delta_bias, paths) -> _Arguments:
             f"backend 'triton' holds up to {MAX_STATES} states a channel, but A has {A.shape[-1]}; "
             "use backend='reference'"
         )
-    _, length, num_paths, dim = delta.shape
-    groups = B.shape[3]
     u, delta, B, C = dense(u), dense(delta), dense(B), dense(C)
     z, D, delta_bias = (None if t is None else dense(t) for t in (z, D, delta_bias))
-    paths = dense(paths)
     tensors = {
-        "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "bias": delta_bias, "paths": paths,
+        "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "bias": delta_bias, "paths": dense(paths),
     }  # fmt: skip
-    rows = _names("u", u, "blk") | _names("delta", delta, "blk") | _names("z", z, "blk")
-    strides = rows | _names("B", B, "blkg") | _names("C", C, "blkg") | _names("A", A, "kdn")
-    strides |= _names("D", D, "k") | _names("bias", delta_bias, "k") | _names("paths", paths, "k")
-    sizes = {
-        "length": length, "num_paths": num_paths, "groups": groups, "per_group": dim // groups, "border_n": dim,
-        "STATE_ALIGN": alignment(*(_names("B", B, "blkg") | _names("C", C, "blkg")).values()),
-    }  # fmt: skip
-    # The rows of the arguments, of ddelta, and of what is added up to dB and dC.
-    rows_l = (stride for name, stride in strides.items() if name.endswith("_l"))
-    offset = offset_type(length, num_paths * dim, math.prod(B.shape[2:]), *rows_l)
-    return _Arguments(tensors, sizes, strides, alignment(dim, *rows.values()), offset)
+    return _Arguments(tensors, *_layout(*map(_form, tensors.values())))
 
 
 def _state_rows(state: Tensor | None) -> Tensor | None:
@@ -916,11 +936,11 @@ def selective_scan_forward(
     )  # fmt: skip
     launches: list[tuple] = []
     if plan.num_spans > 1 and plan.programs > 0:
-        kernel = _kernels(config).span_forward
+        kernel = _kernels(config.gluon).span_forward
         launches, initial = _link(plan, kernel, given | {"y": None}, initial, x, config, reverse=False)
         given |= dict(initial=initial, **_names("h", initial, "bskn"))
     if plan.programs > 0:
-        launches.append((_kernels(config).forward, (plan.programs,), given, config.warps, config.registers))
+        launches.append((_kernels(config.gluon).forward, (plan.programs,), given, config.warps, config.registers))
     with on_device(u):
         _launch(launches, u.device)
     if merge:
@@ -935,8 +955,9 @@ class _Kernels(NamedTuple):
     span_backward: JITFunction
 
 
-def _kernels(config: _Config) -> _Kernels:
-    if not config.gluon:
+@functools.cache
+def _kernels(gluon: bool) -> _Kernels:
+    if not gluon:
         return _Kernels(_scan_forward_kernel, _span_forward_kernel, _scan_backward_kernel, _span_backward_kernel)
     from . import scan_gluon  # only here: older Triton has no Gluon
 
@@ -959,8 +980,8 @@ def _add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums
     columns = [num_paths * dim * num_states]
     if partial_D is not None or partial_bias is not None:
         columns.append(num_paths * dim)
-    programs = sum(triton.cdiv(count, given["COLUMNS"]) for count in columns)
-    programs += triton.cdiv(given["tokens"], given["TOKENS"])
+    programs = sum(cdiv(count, given["COLUMNS"]) for count in columns)
+    programs += cdiv(given["tokens"], given["TOKENS"])
     return _add_partials_kernel, (programs,), given, 4
 
 
@@ -1036,10 +1057,10 @@ def selective_scan_backward(
     )  # fmt: skip
     launches: list[tuple] = []
     if plan.num_spans > 1 and plan.programs > 0:
-        launches, dlast = _link(plan, _kernels(config).span_backward, given, dlast, x, config, reverse=True)
+        launches, dlast = _link(plan, _kernels(config.gluon).span_backward, given, dlast, x, config, reverse=True)
         given |= dict(dlast=dlast, **_names("h", dlast, "bskn"))
     if plan.programs > 0:
-        launches.append((_kernels(config).backward, (plan.programs,), given, config.warps, config.registers))
+        launches.append((_kernels(config.gluon).backward, (plan.programs,), given, config.warps, config.registers))
     if num_paths * dim > 0:
         launches.append(_add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums))
     with on_device(u):
