@@ -28,6 +28,12 @@ LOG2E = math.log2(math.e)
 EXP2 = (0.001326472724711154, 0.009671512688150646, 0.05550733743574232, 0.24022242084635143, 0.6931469775987164, 1.0)
 
 
+# Between two layers more memory is freed than glibc keeps at the top of its heap, and each page of it faults when the
+# next layer wants it: 19,000 a pass of Vim-Ti over 8 images. What glibc keeps grows to twice the largest block that it
+# has mapped and got back, of 32 MB at most; so it gets one, which nobody has written to. Nothing to other allocators.
+torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 @intrinsic
 def _float_bits(typingctx, x):
     return numba.int32(numba.float32), lambda context, builder, signature, args: builder.bitcast(
