@@ -178,6 +178,6 @@ def test_models_beside_each_peer(tmp_path):
     assert all(ours.items() <= row.items() and row["images_per_s"] == 5.0 for row in found["rows"])
     assert found["rows"][0]["error"] == "out of memory" and found["rows"][0]["peer_images_per_s"] is None
     assert (found["rows"][1]["peer_images_per_s"], found["rows"][1]["peer_peak_mib"]) == (6.0, 8.0)
-    for device in ("h100", "cpu"):
+    for device in ("h100", "h200", "cpu"):
         recorded = json.loads((models.RESULTS / f"models-{device}.json").read_text())
         assert recorded == models.with_peers(device), f"models-{device}.json is stale"
