@@ -25,7 +25,7 @@ def emulate(monkeypatch, scan) -> None:
     """Until the test ends, ``scan`` (ops/triton/selective_scan.py) runs its Gluon kernels, interpreted."""
     gluon = types.ModuleType("triton.experimental.gluon")
     gluon.jit = _jit
-    gluon.constexpr_function = lambda function: function
+    gluon.constexpr_function = _constexpr_function
     gluon.language = types.ModuleType("triton.experimental.gluon.language")
     vars(gluon.language).update(_language())
     with monkeypatch.context() as patch:  # Triton itself wants the real ones again
@@ -48,13 +48,17 @@ def _jit(kernel, **options):
     return interpreted
 
 
+def _constexpr_function(function):
+    return lambda *given: function(*(item.value if isinstance(item, tl.constexpr) else item for item in given))
+
+
 def _language() -> dict:
     def unchanged(name):
         # Looked up at each call: the interpreter replaces Triton's functions when a kernel starts.
         return lambda *given, **named: getattr(tl, name)(*given, **named)
 
     names = (
-        "abs broadcast cast exp2 join load max maximum minimum multiple_of permute reshape rsqrt store sum where"
+        "abs broadcast cast exp2 join load max maximum minimum multiple_of permute reshape rsqrt split store sum where"
     ).split()
     return {name: unchanged(name) for name in names} | {
         "constexpr": tl.constexpr,
@@ -67,6 +71,8 @@ def _language() -> dict:
         "static_range": lambda *bounds: range(*_plain(bounds)),
         "BlockedLayout": _Blocked,
         "DistributedLinearLayout": lambda registers, lanes, warps, blocks, shape: types.SimpleNamespace(shape=shape),
+        "PaddedSharedLayout": types.SimpleNamespace(with_identity_for=lambda *_: None),
+        "SharedLinearLayout": lambda *_: None,
         "SliceLayout": lambda *_: None,
         "SwizzledSharedLayout": lambda *_: None,
         "arange": lambda start, end, layout: tl.arange(_plain(start), _plain(end)),
@@ -91,6 +97,7 @@ def _plain(value):
 class _Blocked:
     def __init__(self, size_per_thread, threads_per_warp, warps_per_cta, order):
         self.size_per_thread, self.threads_per_warp = _plain(size_per_thread), _plain(threads_per_warp)
+        self.warps_per_cta = _plain(warps_per_cta)
 
 
 @dataclass

@@ -58,14 +58,35 @@ def _store_rows(base, token, length, stride, column, column_ok, value):
 
 
 @gluon.constexpr_function
+def _powers(size):
+    """1, 2, 4, ... below a power of two."""
+    return [1 << i for i in range(size.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def _lanes_of(row, channel):
+    """Lanes by the bits of their number, from the lowest: along the states, along the channels, then what is left.
+
+    Shared memory hands out 128 different bytes a cycle, but of words of 64 bits and more to half as many lanes, unless
+    every lane i has the same as lane i ^ 1, or as lane i ^ 2: so one of them is in its row, one in its column.
+    """
+    return row[:1] + channel[:1] + row[1:] + channel[1:]
+
+
+@gluon.constexpr_function
 def _tile_layout(T, QC, NH, LC, WARPS):
     """[T, QC, NH, NX, LC], the warps along the states."""
-    return gl.BlockedLayout([T, QC, NH, 1, 1], [1, 1, 1, 32 // LC, LC], [1, 1, 1, WARPS, 1], [4, 3, 2, 1, 0])
+    ROWS = 32 // LC
+    registers = [[0, 0, i, 0, 0] for i in _powers(NH)] + [[0, i, 0, 0, 0] for i in _powers(QC)]
+    registers += [[i, 0, 0, 0, 0] for i in _powers(T)]
+    lanes = _lanes_of([[0, 0, 0, i, 0] for i in _powers(ROWS)], [[0, 0, 0, 0, i] for i in _powers(LC)])
+    warps = [[0, 0, 0, ROWS * i, 0] for i in _powers(WARPS)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [T, QC, NH, ROWS * WARPS, LC])
 
 
 @gluon.constexpr_function
 def _rows_layout(T, columns, WARPS):
-    """[T, columns] as in memory, wide words; of more columns, a lane holds the same of each ``columns``."""
+    """[T, columns] as in memory, wide words."""
     words = min(T * columns // (32 * WARPS), 4)
     return gl.BlockedLayout([1, words], [32 * words // columns, columns // words], [WARPS, 1], [1, 0])
 
@@ -73,23 +94,52 @@ def _rows_layout(T, columns, WARPS):
 @gluon.constexpr_function
 def _stacked(layout, count):
     """[count, *] of such rows, a lane holding all ``count`` of a number."""
-    return gl.BlockedLayout([count, *layout.size_per_thread], [1, *layout.threads_per_warp], [1, 1, 1], [2, 1, 0])
+    return gl.BlockedLayout(
+        [count, *layout.size_per_thread], [1, *layout.threads_per_warp], [1, *layout.warps_per_cta], [2, 1, 0]
+    )
 
 
 @gluon.constexpr_function
 def _plane_layout(QC, NH, LC, WARPS):
     """[states, channels] as in memory, in which a lane has the numbers that it has of the state in a walk."""
-    return gl.BlockedLayout([NH, QC], [32 // LC, LC], [WARPS, 1], [1, 0])
+    ROWS = 32 // LC
+    registers = [[0, i] for i in _powers(QC)] + [[i, 0] for i in _powers(NH)]
+    lanes = _lanes_of([[NH * i, 0] for i in _powers(ROWS)], [[0, QC * i] for i in _powers(LC)])
+    warps = [[NH * ROWS * i, 0] for i in _powers(WARPS)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [NH * ROWS * WARPS, QC * LC])
 
 
 @gluon.constexpr_function
 def _border_layout(QC, NH, NX, LC, WARPS):
     """[channels, states] as in memory, wide words along the states, in which a lane has its own numbers of a walk."""
-    registers = [[0, 1 << i] for i in range(NH.bit_length() - 1)] + [[1 << i, 0] for i in range(QC.bit_length() - 1)]
-    lanes = [[QC << i, 0] for i in range(LC.bit_length() - 1)]
-    rows = [[0, NH << i] for i in range(NX.bit_length() - 1)]
-    lanes, warps = lanes + rows[: 5 - len(lanes)], rows[5 - len(lanes) :]
+    ROWS = 32 // LC
+    registers = [[0, i] for i in _powers(NH)] + [[i, 0] for i in _powers(QC)]
+    lanes = _lanes_of([[0, NH * i] for i in _powers(ROWS)], [[QC * i, 0] for i in _powers(LC)])
+    warps = [[0, NH * ROWS * i] for i in _powers(WARPS)]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [QC * LC, NH * NX])
+
+
+@gluon.constexpr_function
+def _rows_at_a_time(QC, LC):
+    """In how many rows of states the lanes stand that write QC words each at a time."""
+    lanes = _lanes_of(["row" for _ in _powers(32 // LC)], ["channel" for _ in _powers(LC)])
+    return 1 << lanes[: len(_powers(32 // QC))].count("row")
+
+
+@gluon.constexpr_function
+def _sums_layout(T, ROWS, COLUMNS, SPREAD):
+    """Shared memory [T, ROWS, COLUMNS] of lanes' sums, of 32 banks.
+
+    Lanes that write at a time stand in SPREAD rows of a step, lanes that read in steps and columns of a row. Bits of
+    the row's number are added to the column's, and bits of the step's to the row's, so that neither meet in a bank.
+    """
+    offsets = [[0, 0, i] for i in _powers(COLUMNS)]
+    free = [i for i in _powers(min(COLUMNS, 32)) if i * SPREAD >= 32]
+    for i in _powers(ROWS):
+        apart = i * COLUMNS < 32 or i >= SPREAD
+        offsets.append([0, i, 0 if apart else free.pop(0)])
+    offsets += [[i, i if i * COLUMNS < 32 else 0, 0] for i in _powers(T)]
+    return gl.SharedLinearLayout(offsets)
 
 
 @gluon.jit
@@ -209,6 +259,23 @@ def _put(shared, tile):
     shared.store(gl.reshape(tile, shared.shape))
 
 
+@gluon.constexpr_function
+def _pair_layout(LC, WARPS):
+    """[1, LC, 2], both numbers in a lane."""
+    lanes = _lanes_of([[0, 0, 0] for _ in _powers(32 // LC)], [[0, i, 0] for i in _powers(LC)])
+    return gl.DistributedLinearLayout([[0, 0, 1]], lanes, [[0, 0, 0] for _ in _powers(WARPS)], [], [1, LC, 2])
+
+
+@gluon.jit
+def _pair_of(shared, step: gl.constexpr, D5: gl.constexpr, WARPS: gl.constexpr):
+    """Row ``step`` of shared memory [T, LC, 2] as two [1, 1, 1, 1, LC]."""
+    LINE: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, D5)))
+    first, second = gl.split(shared.slice(step, 1, 0).load(_pair_layout(shared.shape[1], WARPS)))
+    first = gl.convert_layout(first, LINE, assert_trivial=True)
+    second = gl.convert_layout(second, LINE, assert_trivial=True)
+    return first[:, None, None, None, :], second[:, None, None, None, :]
+
+
 @gluon.jit
 def _channels_of(shared, step: gl.constexpr, D5: gl.constexpr):
     """Row ``step`` of shared memory [T, LC, QC] as [1, QC, 1, 1, LC]."""
@@ -239,6 +306,24 @@ def _put_over_states(shared, first: gl.constexpr, sums):
     """
     rows = shared.slice(first, sums.shape[0], 0)
     rows.store(gl.reshape(gl.permute(sums, (0, 2, 3, 1)), rows.shape))
+
+
+@gluon.constexpr_function
+def _exchanged_layout(S, LC, WARPS):
+    """[S, 2, warps, 2, LC], where two lanes that had a row each of two steps have a step each of both rows."""
+    registers = [[0, 0, 0, 1, 0]] + [[i, 0, 0, 0, 0] for i in _powers(S)]
+    lanes = _lanes_of([[0, 1, 0, 0, 0]], [[0, 0, 0, 0, i] for i in _powers(LC)])
+    warps = [[0, 0, i, 0, 0] for i in _powers(WARPS)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [S, 2, WARPS, 2, LC])
+
+
+@gluon.jit
+def _put_over_two_rows(shared, first: gl.constexpr, sums, WARPS: gl.constexpr):
+    """Sums over a lane's states [STEPS, 1, 2 * WARPS, LC] over both rows of a warp, to shared memory [T, WARPS, LC]."""
+    S: gl.constexpr = sums.shape[0] // 2
+    LC: gl.constexpr = sums.shape[3]
+    x = gl.convert_layout(gl.reshape(sums, (S, 2, WARPS, 2, LC)), _exchanged_layout(S, LC, WARPS))
+    shared.slice(first, 2 * S, 0).store(gl.reshape(gl.sum(x, axis=3), (2 * S, WARPS, LC)))
 
 
 @gluon.jit
@@ -284,13 +369,21 @@ def scan_forward_kernel(
     SUMS: gl.constexpr = min(T, 32 // QC)
     Y5: gl.constexpr = gl.SliceLayout(2, _tile_layout(SUMS, QC, NH, LC, WARPS))
     # Each in a piece of its own, as Triton puts a barrier between two stores into one.
-    dt_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
-    dtu_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
+    # With one channel a lane and 16 a warp, shared memory is what bounds the walk. A word of each channel would be half
+    # of what it can hand out at a time, and the warp's two rows are added before they go there.
+    TWO_ROWS: gl.constexpr = QC == 1 and LC == 16
+    if TWO_ROWS:
+        # Lanes that write four channels each do not meet in a bank.
+        PADDED: gl.constexpr = gl.PaddedSharedLayout.with_identity_for([[32, 4]], [T, LC, 2], [2, 1, 0])
+        pairs = gl.allocate_shared_memory(gl.float32, [T, LC, 2], PADDED)
+    else:
+        dt_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
+        dtu_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
     b_rows = gl.allocate_shared_memory(gl.float32, [T, NX, NH], FLAT)
     c_rows = gl.allocate_shared_memory(gl.float32, [T, NX, NH], FLAT)
-    # Written by lanes along the channels of a step, read by lanes along steps and channels: neither meets in a bank.
-    MIXED: gl.constexpr = gl.SwizzledSharedLayout(BLOCK, 1, 32 // BLOCK, [1, 0])
-    part = gl.allocate_shared_memory(gl.float32, [T, NX * BLOCK], MIXED)
+    ROWS: gl.constexpr = WARPS if TWO_ROWS else NX
+    OVER_STATES: gl.constexpr = _sums_layout(T, ROWS, BLOCK, 1 if TWO_ROWS else _rows_at_a_time(QC, LC))
+    part = gl.allocate_shared_memory(gl.float32, [T, ROWS, BLOCK], OVER_STATES)
 
     blocks = (per_group + BLOCK - 1) // BLOCK
     image, span_index, k0, group, block = _locate(num_paths, groups, blocks, num_spans, LOOP_PATHS)
@@ -389,8 +482,11 @@ def scan_forward_kernel(
             if SOFTPLUS:
                 dt = _softplus(dt, delta.dtype.element_ty.primitive_bitwidth)
             dt = gl.where((t0 + step_e < end)[:, None], dt, 0.0)
-            _put(dt_rows, dt)
-            _put(dtu_rows, dt * uf)
+            if TWO_ROWS:
+                pairs.store(gl.join(dt, dt * uf))
+            else:
+                _put(dt_rows, dt)
+                _put(dtu_rows, dt * uf)
             _put(b_rows, bf)
             if y is not None:
                 _put(c_rows, cf)
@@ -403,15 +499,21 @@ def scan_forward_kernel(
                         if (saves != 0) & (t0 + r < end) & ((t0 + r) % CHUNK == 0):
                             border = states + ((image * num_chunks + (t0 + r) // CHUNK) * num_paths + k) * border_size
                             _save_state(border, h, state_at, h_ok, exponent_at, e_ok, quarter, B2, D5)
-                x = _channels_of(dtu_rows, r, D5) * _states_of(b_rows, r, D5)
-                h = gl.exp2(_channels_of(dt_rows, r, D5) * a2) * h + x
+                if TWO_ROWS:
+                    dt_r, dtu_r = _pair_of(pairs, r, D5, WARPS)
+                else:
+                    dt_r = _channels_of(dt_rows, r, D5)
+                    dtu_r = _channels_of(dtu_rows, r, D5)
+                h = gl.exp2(dt_r * a2) * h + dtu_r * _states_of(b_rows, r, D5)
                 if y is not None:
                     sums = _with_sum(sums, r % SUMS, h * _states_of(c_rows, r, D5), 2, Y5)
                     if r % SUMS == SUMS - 1:
-                        _put_over_states(part, r + 1 - SUMS, sums)
+                        if TWO_ROWS:
+                            _put_over_two_rows(part, r + 1 - SUMS, sums, WARPS)
+                        else:
+                            _put_over_states(part, r + 1 - SUMS, sums)
             if y is not None:
-                out = gl.sum(gl.reshape(part.load(E2), (T, NX, BLOCK)), axis=1)
-                out = gl.convert_layout(out, E2, assert_trivial=True) + d[None, :] * uf
+                out = _add_lanes(part, ROWS, E2) + d[None, :] * uf
                 if z is not None:
                     out = out * zf * _sigmoid(zf)
                 if LOOP_PATHS:
@@ -466,20 +568,20 @@ def scan_backward_kernel(
     ROW: gl.constexpr = NP // 2 if states.dtype.element_ty == gl.int32 else NP
     B2: gl.constexpr = _border_layout(QC, ROW // NX, NX, LC, 1)
     FLAT5: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
-    # Lanes that stand along the channels write 16 bytes each, to different banks.
-    MIXED: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0])
-    borders = gl.allocate_shared_memory(gl.float32, [2 * TILES - 1, 1, QC, NX, LC, NH], FLAT5)
+    OVER_STATES: gl.constexpr = _sums_layout(T, NX, BLOCK, _rows_at_a_time(QC, LC))
+    OVER_CHANNELS: gl.constexpr = _sums_layout(T, LC, NP, 1)
+    borders = gl.allocate_shared_memory(gl.float32, [2 * TILES - 1, 1, QC, LC, NX, NH], FLAT5)
     # Each in a piece of its own, as Triton puts a barrier between two stores into one.
     dt_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
     dtu_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
     dout_rows = gl.allocate_shared_memory(gl.float32, [T, LC, QC], FLAT)
     b_rows = gl.allocate_shared_memory(gl.float32, [T, NX, NH], FLAT)
     c_rows = gl.allocate_shared_memory(gl.float32, [T, NX, NH], FLAT)
-    part_y = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
-    part_u = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
-    part_a = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], FLAT)
-    part_b = gl.allocate_shared_memory(gl.float32, [T, LC, NP], MIXED)
-    part_c = gl.allocate_shared_memory(gl.float32, [T, LC, NP], MIXED)
+    part_y = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], OVER_STATES)
+    part_u = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], OVER_STATES)
+    part_a = gl.allocate_shared_memory(gl.float32, [T, NX, BLOCK], OVER_STATES)
+    part_b = gl.allocate_shared_memory(gl.float32, [T, LC, NP], OVER_CHANNELS)
+    part_c = gl.allocate_shared_memory(gl.float32, [T, LC, NP], OVER_CHANNELS)
 
     blocks = (per_group + BLOCK - 1) // BLOCK
     image, span_index, k0, group, block = _locate(num_paths, groups, blocks, num_spans, LOOP_PATHS)
@@ -571,10 +673,10 @@ def scan_backward_kernel(
 
             # The states before each half tile.
             h = _saved_state(border_next, exponent_next, QC, NH, NX, LC, D5)
-            borders.index(0).store(gl.permute(h, (0, 1, 3, 4, 2)))
+            borders.index(0).store(gl.permute(h, (0, 1, 4, 3, 2)))
             for s in range(tiles - 1):
                 if s > 0:
-                    borders.index(2 * s).store(gl.permute(h, (0, 1, 3, 4, 2)))
+                    borders.index(2 * s).store(gl.permute(h, (0, 1, 4, 3, 2)))
                 dt = delta_next.to(gl.float32) + shift[None, :]
                 uf = u_next.to(gl.float32)
                 bf = b_next.to(gl.float32)
@@ -592,7 +694,7 @@ def scan_backward_kernel(
                 _put(dtu_rows, dt * uf)
                 _put(b_rows, bf)
                 h = _walk(h, a2, dt_rows, dtu_rows, b_rows, 0, HALF, D5)
-                borders.index(2 * s + 1).store(gl.permute(h, (0, 1, 3, 4, 2)))
+                borders.index(2 * s + 1).store(gl.permute(h, (0, 1, 4, 3, 2)))
                 h = _walk(h, a2, dt_rows, dtu_rows, b_rows, HALF, T, D5)
 
             # The last tile is walked to its middle, where the last half tile starts, and is then the first one back.
@@ -601,7 +703,7 @@ def scan_backward_kernel(
                 z_next = _load_rows(z_rows, token_e, length, z_l, c, c_ok)
             c_next = _load_rows(C_rows, token_s, length, C_l, n, n_ok)
             if tiles > 1:
-                borders.index(2 * tiles - 2).store(gl.permute(h, (0, 1, 3, 4, 2)))
+                borders.index(2 * tiles - 2).store(gl.permute(h, (0, 1, 4, 3, 2)))
             dt = delta_next.to(gl.float32) + shift[None, :]
             if SOFTPLUS:
                 dt = _softplus(dt, delta.dtype.element_ty.primitive_bitwidth)
@@ -665,7 +767,7 @@ def scan_backward_kernel(
                 _put(c_rows, cf)
                 for half in gl.static_range(1, -1, -1):
                     if half == 0 or j > 0:
-                        h = borders.index(2 * s + half).permute((0, 1, 4, 2, 3)).load(D5)
+                        h = borders.index(2 * s + half).permute((0, 1, 4, 3, 2)).load(D5)
                     before = gl.zeros([HALF, QC, NH, NX, LC], gl.float32, H5)
                     decays = gl.zeros([HALF, QC, NH, NX, LC], gl.float32, H5)
                     if z is not None:

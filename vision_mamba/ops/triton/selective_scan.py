@@ -702,16 +702,21 @@ def _gluon_forward_config(num_states: int, device: torch.device, programs: int, 
     """By how many ``programs`` of 32 channels there are. Enough of them: one warp each, with tiles of 8 steps.
 
     Too few: four warps share out the states of a path. They take an eighth more instructions, but fill the device with
-    a quarter of the programs. Fewer still: 16 channels a program, which take another fifth more, unless spans of a long
-    path make up for the missing programs. The bounds are those of an H200 (benchmarks/README.md).
+    a quarter of the programs; a long walk pays for tiles of 32 steps. Fewer still: 16 channels a program, which take
+    another fifth more, unless spans of a long path make up for the missing programs. The bounds are those of an H200
+    (benchmarks/README.md).
     """
-    single = _Config(power_of_2(num_states), 8, 1, resident=12, gluon=True)
+    states = power_of_2(num_states)
+    single = _Config(states, 8, 1, resident=12, registers=168, gluon=True)  # ptxas would take 240
     wanted = _wanted_programs(device, single)
     if 8 * programs >= 7 * wanted:
         return single
     if programs < wanted // 6 and (length <= _ONE_WALK or programs >= wanted // 18):
-        return single._replace(steps=32, warps=4, block=16)
-    return single._replace(steps=16, warps=4, resident=20)
+        return _Config(states, 32, 4, block=16, resident=12, gluon=True)
+    shared = _Config(states, 16, 4, resident=20, gluon=True)
+    spans = _wanted_programs(device, shared) // max(programs, 1)
+    walked = length // spans if spans >= _least_forward_spans(shared, length) else length
+    return shared._replace(steps=32) if walked > _ONE_WALK else shared
 
 
 def _least_forward_spans(config: _Config, length: int) -> int:
