@@ -383,9 +383,14 @@ def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
             programs = row[0] * row[4] * triton.cdiv(row[1], 32)
             with mock.patch.object(kernels, "_wanted_programs", _wanted_programs(sms)):
                 default = kernels._gluon_forward_config(states, torch.device("meta"), programs, row[2])
-            shapes = (32, 1, 8), (32, 1, 4), (16, 1, 8), (16, 1, 16), (32, 2, 8), (32, 4, 16), (16, 2, 16), (16, 4, 32)
-            others = (default._replace(block=block, warps=warps, steps=steps) for block, warps, steps in shapes)
-            found = [default, *others]
+            found = [default]
+            shapes = (
+                (32, 1, 8), (32, 1, 4), (16, 1, 8), (16, 1, 16), (32, 2, 8), (16, 2, 16), (16, 2, 32),
+                (32, 4, 16), (32, 4, 32), (16, 4, 32),
+            )  # fmt: skip
+            for block, warps, steps in shapes:
+                for registers in (None, 168) if warps == 1 else (None,):
+                    found.append(default._replace(block=block, warps=warps, steps=steps, registers=registers))
         else:
             default = kernels._gluon_backward_config(states)
             found = [default, *(default._replace(registers=registers) for registers in (224, 168))]

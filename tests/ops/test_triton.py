@@ -385,11 +385,11 @@ def test_warps_and_spans_where_programs_are_few(monkeypatch):
         config = module._gluon_forward_config(16, torch.device("cuda"), batch * 384 // 32, length)
         least = module._least_forward_spans(config, length)
         plan = module._plan(batch, length, 1, 384 // config.block, 16, None, config, False, least)
-        chosen[batch, length] = config.warps, config.block, plan.num_spans
+        chosen[batch, length] = config.warps, config.block, config.steps, plan.num_spans
     assert chosen == {
-        (128, 197): (1, 32, 1), (96, 197): (4, 32, 1), (32, 785): (4, 32, 1), (16, 2048): (4, 16, 1),
-        (8, 6085): (4, 16, 1), (4, 6085): (4, 32, 13), (1, 65536): (4, 32, 55), (1, 785): (4, 32, 10),
-        (1, 577): (4, 16, 1), (1, 197): (4, 16, 1),
+        (128, 197): (1, 32, 8, 1), (96, 197): (4, 32, 16, 1), (32, 785): (4, 32, 32, 1), (16, 2048): (4, 16, 32, 1),
+        (8, 6085): (4, 16, 32, 1), (4, 6085): (4, 32, 16, 13), (1, 65536): (4, 32, 32, 55), (1, 785): (4, 32, 16, 10),
+        (1, 577): (4, 16, 32, 1), (1, 197): (4, 16, 32, 1),
     }  # fmt: skip
 
 

@@ -74,14 +74,23 @@ def _lanes_of(row, channel):
 
 
 @gluon.constexpr_function
+def _lanes_layout(registers, row, channel, LC, WARPS, shape):
+    """LC lanes along ``channel`` and the others along ``row``, as the warps: where the next of each is in a tile."""
+    ROWS = 32 // LC
+    lanes = _lanes_of(
+        [[i * step for step in row] for i in _powers(ROWS)], [[i * step for step in channel] for i in _powers(LC)]
+    )
+    warps = [[ROWS * i * step for step in row] for i in _powers(WARPS)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
+
+
+@gluon.constexpr_function
 def _tile_layout(T, QC, NH, LC, WARPS):
     """[T, QC, NH, NX, LC], the warps along the states."""
-    ROWS = 32 // LC
     registers = [[0, 0, i, 0, 0] for i in _powers(NH)] + [[0, i, 0, 0, 0] for i in _powers(QC)]
     registers += [[i, 0, 0, 0, 0] for i in _powers(T)]
-    lanes = _lanes_of([[0, 0, 0, i, 0] for i in _powers(ROWS)], [[0, 0, 0, 0, i] for i in _powers(LC)])
-    warps = [[0, 0, 0, ROWS * i, 0] for i in _powers(WARPS)]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [T, QC, NH, ROWS * WARPS, LC])
+    shape = [T, QC, NH, 32 // LC * WARPS, LC]
+    return _lanes_layout(registers, [0, 0, 0, 1, 0], [0, 0, 0, 0, 1], LC, WARPS, shape)
 
 
 @gluon.constexpr_function
@@ -102,21 +111,15 @@ def _stacked(layout, count):
 @gluon.constexpr_function
 def _plane_layout(QC, NH, LC, WARPS):
     """[states, channels] as in memory, in which a lane has the numbers that it has of the state in a walk."""
-    ROWS = 32 // LC
     registers = [[0, i] for i in _powers(QC)] + [[i, 0] for i in _powers(NH)]
-    lanes = _lanes_of([[NH * i, 0] for i in _powers(ROWS)], [[0, QC * i] for i in _powers(LC)])
-    warps = [[NH * ROWS * i, 0] for i in _powers(WARPS)]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [NH * ROWS * WARPS, QC * LC])
+    return _lanes_layout(registers, [NH, 0], [0, QC], LC, WARPS, [32 // LC * WARPS * NH, QC * LC])
 
 
 @gluon.constexpr_function
 def _border_layout(QC, NH, NX, LC, WARPS):
     """[channels, states] as in memory, wide words along the states, in which a lane has its own numbers of a walk."""
-    ROWS = 32 // LC
     registers = [[0, i] for i in _powers(NH)] + [[i, 0] for i in _powers(QC)]
-    lanes = _lanes_of([[0, NH * i] for i in _powers(ROWS)], [[QC * i, 0] for i in _powers(LC)])
-    warps = [[0, NH * ROWS * i] for i in _powers(WARPS)]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [QC * LC, NH * NX])
+    return _lanes_layout(registers, [0, NH], [QC, 0], LC, WARPS, [QC * LC, NH * NX])
 
 
 @gluon.constexpr_function
@@ -262,8 +265,7 @@ def _put(shared, tile):
 @gluon.constexpr_function
 def _pair_layout(LC, WARPS):
     """[1, LC, 2], both numbers in a lane."""
-    lanes = _lanes_of([[0, 0, 0] for _ in _powers(32 // LC)], [[0, i, 0] for i in _powers(LC)])
-    return gl.DistributedLinearLayout([[0, 0, 1]], lanes, [[0, 0, 0] for _ in _powers(WARPS)], [], [1, LC, 2])
+    return _lanes_layout([[0, 0, 1]], [0, 0, 0], [0, 1, 0], LC, WARPS, [1, LC, 2])
 
 
 @gluon.jit

@@ -714,9 +714,8 @@ def _gluon_forward_config(num_states: int, device: torch.device, programs: int, 
     if programs < wanted // 6 and (length <= _ONE_WALK or programs >= wanted // 18):
         return _Config(states, 32, 4, block=16, resident=12, gluon=True)
     shared = _Config(states, 16, 4, resident=20, gluon=True)
-    spans = _wanted_programs(device, shared) // max(programs, 1)
-    walked = length // spans if spans >= _least_forward_spans(shared, length) else length
-    return shared._replace(steps=32) if walked > _ONE_WALK else shared
+    spans = _spans(_wanted_programs(device, shared), programs, length, _least_forward_spans(shared, length))
+    return shared._replace(steps=32) if length // spans > _ONE_WALK else shared
 
 
 def _least_forward_spans(config: _Config, length: int) -> int:
@@ -779,6 +778,13 @@ class _Plan(NamedTuple):
     programs: int
 
 
+def _spans(wanted: int, programs: int, length: int, least: int) -> int:
+    """Of each path, if ``programs`` walk a path each; 1 where fewer than ``least`` would be left."""
+    # Linking them takes time too, one span after the other.
+    spans = min(wanted // max(programs, 1), length // _SPAN_STEPS, math.isqrt(length))
+    return spans if spans >= least else 1
+
+
 def _plan(batch, length, num_paths, blocks, num_states, device, config, sum_over_paths, least_spans) -> _Plan:
     """By shape and device alone, so that equal calls give equal bits."""
     wanted = _wanted_programs(device, config)
@@ -788,10 +794,9 @@ def _plan(batch, length, num_paths, blocks, num_states, device, config, sum_over
         return _Plan(True, length, 1, programs)
     programs *= num_paths
     chunk = _chunk(num_states)
-    # Linking them takes time too, one span after the other.
-    spans = min(wanted // max(programs, 1), length // _SPAN_STEPS, math.isqrt(length))
     # Each span is walked twice. The first walk costs two thirds of a forward pass, but a fifth of a backward pass.
-    if spans < least_spans:
+    spans = _spans(wanted, programs, length, least_spans)
+    if spans == 1:
         return _Plan(False, length, 1, programs)
     span = cdiv(cdiv(length, spans), chunk) * chunk
     num_spans = cdiv(length, span)
