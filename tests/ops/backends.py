@@ -19,12 +19,24 @@ DEVICE = "cuda" if CUDA else "cpu"  # of the Triton backend
 # Triton's interpreter cuts float32 off to bfloat16 where a device rounds to nearest: twice the error.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3, torch.float16: 1e-3}
 
-kernels = pytest.mark.skipif(
-    not (CUDA or INTERPRETED) or importlib.util.find_spec("triton") is None,
-    reason="needs Triton, and a GPU or TRITON_INTERPRET=1 in the environment",
-)
+_marks = [
+    pytest.mark.skipif(
+        not (CUDA or INTERPRETED) or importlib.util.find_spec("triton") is None,
+        reason="needs Triton, and a GPU or TRITON_INTERPRET=1 in the environment",
+    ),
+    *([pytest.mark.gpu] if CUDA else []),
+]
+
+
+def kernels(test):
+    """For a test of the Triton kernels; where they run on a GPU, it is one of those that ``-m gpu`` chooses."""
+    for mark in _marks:
+        test = mark(test)
+    return test
+
+
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
-TRITON = pytest.param("triton", marks=kernels)
+TRITON = pytest.param("triton", marks=_marks)
 
 
 def device_of(backend: str) -> str:
