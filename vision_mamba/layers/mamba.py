@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import causal_conv1d, selective_scan
+from ..ops.backend import load_backend, needs_gradient, needs_operator, resolve_backend
 from ..ops.selective_scan import block_diagonal, path_products
 from .observed import are_observed
 
@@ -187,7 +188,7 @@ class FusedScan(nn.Module):
     D: Tensor
     dt_bias: Tensor
     rows: Tensor
-    dt_rows: Tensor
+    steps: Tensor
 
     def __init__(
         self,
@@ -206,7 +207,7 @@ class FusedScan(nn.Module):
         self.register_buffer("D", D.detach().clone())
         self.register_buffer("dt_bias", dt_proj_bias.detach().clone())
         self.register_buffer("rows", _input_rows(x_proj_weight.detach(), self.d_state, own_tokens))
-        self.register_buffer("dt_rows", block_diagonal(dt_proj_weight.detach()))
+        self.register_buffer("steps", block_diagonal(dt_proj_weight.detach().transpose(1, 2)))
         self._cast = CastOnce()
 
     def _apply(self, fn, recurse=True):
@@ -215,19 +216,31 @@ class FusedScan(nn.Module):
 
     def forward(self, u: Tensor, z: Tensor | None, paths: Tensor, merge: str) -> Tensor:
         """Tokens (batch, L, D) or (batch, L, K, D), gate (batch, L, D) -> as :func:`selective_scan`."""
-        rows, dt_rows = self._cast("rows", self.rows, u.dtype), self._cast("dt_rows", self.dt_rows, u.dtype)
-        D, bias, states = self.D, self.dt_bias, self.sets * self.d_state
-        dt, B, C = F.linear(u.flatten(2), rows).split((dt_rows.shape[1], states, states), dim=-1)
-        delta = F.linear(dt, dt_rows)
+        rows, steps = self._cast("rows", self.rows, u.dtype), self._cast("steps", self.steps, u.dtype)
+        D, bias = self.D, self.dt_bias
+        if self._in_one_kernel(u):
+            delta, B, C = load_backend("triton").scan_inputs(u, rows, steps)
+        else:
+            states = self.sets * self.d_state
+            dt, B, C = F.linear(u.flatten(2), rows).split((len(steps), states, states), dim=-1)
+            delta, B, C = (tensor.unflatten(-1, (self.sets, -1)) for tensor in (dt @ steps, B, C))
         if self.shared:
             D, bias = D[0], bias[0]
-        else:
-            delta, B, C = (tensor.unflatten(-1, (self.sets, -1)) for tensor in (delta, B, C))
+            delta, B, C = delta.squeeze(2), B.squeeze(2), C.squeeze(2)
         y = selective_scan(
             u, delta, self.A, B, C, D, z, bias, delta_softplus=True, paths=paths, merge=merge, overwrite_delta=True
         )
         assert isinstance(y, Tensor)
         return y
+
+    def _in_one_kernel(self, u: Tensor) -> bool:
+        """Where paths have their own tokens (for shared ones it is not faster), and nobody has to see the products.
+
+        Numbers of 32 bits a GPU's matrix units would round.
+        """
+        if u.ndim == 3 or u.dtype not in (torch.bfloat16, torch.float16) or needs_operator(u) or needs_gradient(u):
+            return False
+        return resolve_backend(None, u.device) == "triton"
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor, paths: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from .add_norm import add_norm_backward, add_norm_forward
 from .causal_conv1d import causal_conv1d_backward, causal_conv1d_forward
+from .scan_inputs import scan_inputs
 from .selective_scan import new_states, selective_scan_backward, selective_scan_forward
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "causal_conv1d_backward",
     "causal_conv1d_forward",
     "new_states",
+    "scan_inputs",
     "selective_scan_backward",
     "selective_scan_forward",
 ]
