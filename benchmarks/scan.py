@@ -379,8 +379,8 @@ def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
     """The default first, then what fits in registers; of those with equal launches only one."""
     states = row[3]
     if kernels._uses_gluon(states, torch.device("meta")):
+        programs = row[0] * row[4] * triton.cdiv(row[1], 32)
         if direction == "forward":
-            programs = row[0] * row[4] * triton.cdiv(row[1], 32)
             with mock.patch.object(kernels, "_wanted_programs", _wanted_programs(sms)):
                 default = kernels._gluon_forward_config(states, torch.device("meta"), programs, row[2])
             found = [default]
@@ -392,16 +392,18 @@ def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
                 for registers in (None, 168) if warps == 1 else (None,):
                     found.append(default._replace(block=block, warps=warps, steps=steps, registers=registers))
         else:
-            default = kernels._gluon_backward_config(states)
+            with mock.patch.object(kernels, "_wanted_programs", _wanted_programs(sms)):
+                default = kernels._gluon_backward_config(states, torch.device("meta"), programs, row[2])
             found = [default, *(default._replace(registers=registers) for registers in (224, 168))]
+        found += [default._replace(spans=spans) for spans in (1, 2, 3, 5, 8, 11, 16, 22, 32, 44, 78)]
     else:
         default = getattr(kernels, f"_{direction}_config")(states)
         found = [default, *portable_candidates(default, states, direction)]
-    found += [default._replace(resident=resident) for resident in (4, 6, 8, 12, 16, 24, 32)]  # more or fewer spans
+        found += [default._replace(resident=resident) for resident in (4, 6, 8, 12, 16, 24, 32)]  # more or fewer spans
     distinct = {}
     for config in found:
         grids = tuple(grid for _, grid, _ in launches(row, dtype_name, direction, config, sms, compile=False))
-        distinct.setdefault((config._replace(resident=0), grids), config)
+        distinct.setdefault((config._replace(resident=0, spans=0), grids), config)
     return list(distinct.values())
 
 
@@ -439,13 +441,13 @@ def tune(pool, row, dtype_name: str, direction: str, repeats: int) -> None:
         lines.sort(key=lambda line: line["ms"])
     else:
         default = lines[0]
-    print("  steps warps tiles block resident programs registers stack shared barriers     error      ms")
+    print("  steps warps tiles block resident spans programs registers stack shared barriers     error      ms")
     for line in lines:
         config = line["config"]
         print(
             f"{'*' if line is default else ' '} {config.steps:5} {config.warps:5} {config.tiles:5} {config.block:5} "
-            f"{config.resident:8} {line['programs']:8} {line['registers']:9} {line['stack']:5} {line['shared']:6} "
-            f"{line['barriers']:8} "
+            f"{config.resident:8} {config.spans:5} {line['programs']:8} {line['registers']:9} {line['stack']:5} "
+            f"{line['shared']:6} {line['barriers']:8} "
             f"{line.get('rel_err', math.nan):9.1e} {line.get('ms', math.nan):7.4f}",
             flush=True,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -122,7 +123,12 @@ def as_if_programs_fill_the_device(module, programs: int, monkeypatch) -> None:
     """So many: where there are fewer, paths are cut into spans, however short."""
     monkeypatch.setattr(module, "_wanted_programs", lambda *_: programs)
     monkeypatch.setattr(module, "_SPAN_STEPS", 1)
-    monkeypatch.setattr(module, "_ONE_WALK", 0)
+    monkeypatch.setattr(module, "_gluon_spans", lambda given, length, *_, **__: spans_of(programs // given, length))
+
+
+def spans_of(wanted: int, length: int) -> int:
+    """Shorter ones than the kernels' own choice, for which the paths of tests are too short."""
+    return max(1, min(wanted, math.isqrt(length)))
 
 
 def check_scan(case: Case, monkeypatch) -> None:
@@ -235,7 +241,8 @@ def test_gluon_scan_agrees_with_the_reference(case, block, monkeypatch):
         length, dim = min(case.length, 33 if case.programs else 17), min(case.dim, 18)
         case = dataclasses.replace(case, length=length, dim=dim, batch=1)
     config = module._gluon_forward_config(case.num_states, torch.device("meta"), 10**6, case.length)
-    monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config._replace(block=block))
+    config = config._replace(block=block, spans=spans_of(case.programs or 1, case.length))
+    monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config)
     launched = record_launches(module, monkeypatch)
     check_scan(case, monkeypatch)
     assert {"scan_forward_kernel", "scan_backward_kernel"} <= {name for name, *_ in launched}
@@ -294,7 +301,7 @@ def test_gluon_scan_by_several_warps_agrees_with_the_reference(case, tile, monke
     if INTERPRETED and case.length > 100:
         pytest.skip("too slow in the interpreter")
     use_gluon(module, monkeypatch)
-    config = shared_config(module, case.num_states, *tile)
+    config = shared_config(module, case.num_states, *tile)._replace(spans=spans_of(case.programs or 1, case.length))
     monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config)
     launched = record_launches(module, monkeypatch)
     check_scan(case, monkeypatch)
@@ -350,6 +357,8 @@ def test_y_over_the_step_sizes(kernel, monkeypatch):
         config = module._gluon_forward_config(states, torch.device("meta"), 10**6, length)
         if kernel == "shared":
             config = shared_config(module, states, 16, 32)
+        if kernel == "spans":
+            config = config._replace(spans=3)
         monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config)
     if kernel == "spans":
         as_if_programs_fill_the_device(module, 60, monkeypatch)
@@ -378,18 +387,28 @@ def test_warps_and_spans_where_programs_are_few(monkeypatch):
     module = pytest.importorskip("vision_mamba.ops.triton.selective_scan")
     monkeypatch.setattr(module, "HAS_GLUON", True)  # spans are of its chunks
     monkeypatch.setattr(module, "_wanted_programs", lambda device, config: 132 * config.resident // config.warps)
-    chosen = {}
+    forward, backward = {}, {}
     for batch, length in (
-        (128, 197), (96, 197), (32, 785), (16, 2048), (8, 6085), (4, 6085), (1, 65536), (1, 785), (1, 577), (1, 197),
+        (128, 197), (96, 197), (32, 785), (64, 1025), (16, 2048), (8, 6085), (4, 6085), (1, 65536), (1, 6085), (1, 785),
+        (1, 577), (1, 197),
     ):  # fmt: skip
-        config = module._gluon_forward_config(16, torch.device("cuda"), batch * 384 // 32, length)
-        least = module._least_forward_spans(config, length)
-        plan = module._plan(batch, length, 1, 384 // config.block, 16, None, config, False, least)
-        chosen[batch, length] = config.warps, config.block, config.steps, plan.num_spans
-    assert chosen == {
-        (128, 197): (1, 32, 8, 1), (96, 197): (4, 32, 16, 1), (32, 785): (4, 32, 32, 1), (16, 2048): (4, 16, 32, 1),
-        (8, 6085): (4, 16, 32, 1), (4, 6085): (4, 32, 16, 13), (1, 65536): (4, 32, 32, 55), (1, 785): (4, 32, 16, 10),
-        (1, 577): (4, 16, 32, 1), (1, 197): (4, 16, 32, 1),
+        programs = batch * 384 // 32
+        config = module._gluon_forward_config(16, torch.device("cuda"), programs, length)
+        forward[batch, length] = config.warps, config.block, config.steps, config.spans
+        config = module._gluon_backward_config(16, torch.device("cuda"), programs, length)
+        plan = module._plan(batch, length, 1, 12, 16, None, config, False, 2)
+        assert plan.span % 16 == 0 or plan.num_spans == 1, "border states are of its chunks"
+        assert plan.programs == programs * plan.num_spans
+        backward[batch, length] = plan.num_spans
+    assert forward == {
+        (128, 197): (1, 32, 8, 1), (96, 197): (4, 32, 16, 1), (32, 785): (4, 32, 32, 1), (64, 1025): (4, 32, 32, 1),
+        (16, 2048): (4, 16, 32, 1), (8, 6085): (4, 16, 32, 1), (4, 6085): (4, 32, 32, 8), (1, 65536): (4, 32, 32, 44),
+        (1, 6085): (4, 32, 32, 32), (1, 785): (4, 32, 32, 9), (1, 577): (4, 16, 32, 1), (1, 197): (4, 16, 32, 1),
+    }  # fmt: skip
+    # Of 1,056 programs that the device holds: a wave, two, or as many as there are without spans.
+    assert backward == {
+        (128, 197): 1, (96, 197): 1, (32, 785): 5, (64, 1025): 1, (16, 2048): 11, (8, 6085): 11, (4, 6085): 22,
+        (1, 65536): 171, (1, 6085): 77, (1, 785): 10, (1, 577): 8, (1, 197): 3,
     }  # fmt: skip
 
 
@@ -406,7 +425,7 @@ for kernel, states in (
 ):
     config = module._gluon_forward_config(states, torch.device("meta"), 10**6, 197)
     if kernel == "backward":
-        config = module._gluon_backward_config(states)
+        config = module._gluon_backward_config(states, torch.device("meta"), 10**6, 197)
     elif kernel != "forward":
         config = shared_config(module, states, *map(int, kernel.split()))
     direction = "backward" if kernel == "backward" else "forward"
@@ -452,6 +471,43 @@ def test_portable_scan_agrees_with_the_reference_on_a_gpu(states, monkeypatch):
 
     monkeypatch.setattr(module, "HAS_GLUON", False)
     check_scan(Case(500, 96, states, 2, batch=2, merge="sum"), monkeypatch)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "images, length, dim, rank, states, paths",
+    [
+        (2, 37, 40, 3, 16, 2),  # channels that fill no tile
+        (1, 65, 192, 12, 16, 2),
+        (3, 33, 96, 6, 1, 4),
+        (1, 1, 130, 17, 5, 3),
+        (2, 64, 64, 4, 8, 1),
+        (0, 9, 64, 4, 8, 2),
+    ],
+)
+def test_scan_inputs_in_one_kernel(images, length, dim, rank, states, paths, dtype):
+    """Against the products in float64, each path's with its own matrices."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's products take bfloat16 numbers for integers")
+    from vision_mamba.layers.mamba import _input_rows
+    from vision_mamba.ops.selective_scan import block_diagonal
+    from vision_mamba.ops.triton import scan_inputs
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(images, length, paths, dim, generator=generator).to(dtype)
+    weight = (torch.randn(paths, rank + 2 * states, dim, generator=generator) / dim**0.5).to(dtype)
+    step_weight = (torch.randn(paths, rank, dim, generator=generator) / rank**0.5).to(dtype)
+    rows, steps = _input_rows(weight, states, True), block_diagonal(step_weight)
+    found = scan_inputs(x.to(DEVICE), rows.to(DEVICE), steps.to(DEVICE))
+    for k in range(paths):
+        product = x[:, :, k].double() @ weight[k].double().T
+        low, B, C = product.split((rank, states, states), dim=-1)
+        delta = low.to(dtype).double() @ step_weight[k].double()
+        for name, ours, expected in zip(("delta", "B", "C"), found, (delta, B, C), strict=True):
+            assert ours.dtype == dtype and ours[:, :, k].shape == expected.shape, name
+            error = (ours[:, :, k].cpu().double() - expected).norm() / expected.norm().clamp_min(1e-30)
+            assert error <= TOLERANCE[dtype], (name, k, error)
 
 
 @kernels

@@ -662,12 +662,15 @@ class _Config(NamedTuple):
     registers: int | None = None  # a thread; a limit leaves room for more warps
     gluon: bool = False
     block: int = 32  # channels a program; one a lane in the portable kernels: a row of them is one coalesced access
+    spans: int = 1  # a path
 
 
 MAX_STATES = 256  # of a channel: eight warps then hold one step of them
 _REGISTERS = 168  # a thread: twelve warps then fit on a multiprocessor of 65536
 _SPAN_STEPS = 64  # shorter spans cost more in launches than they gain
 _ONE_WALK = 640  # up to as many steps, one launch of the Gluon kernel beats the three of spans
+_LONG = 320  # more steps pay for long tiles, of which the last one may be half empty
+_BACKWARD_RESIDENT = 8  # programs of the Gluon kernel that a multiprocessor holds, of one warp with 255 registers
 
 
 def _forward_config(num_states: int, fills: bool = True) -> _Config:
@@ -702,7 +705,7 @@ def _gluon_forward_config(num_states: int, device: torch.device, programs: int, 
     """By how many ``programs`` of 32 channels there are. Enough of them: one warp each, with tiles of 8 steps.
 
     Too few: four warps share out the states of a path. They take an eighth more instructions, but fill the device with
-    a quarter of the programs; a long walk pays for tiles of 32 steps. Fewer still: 16 channels a program, which take
+    a quarter of the programs; a longer walk pays for tiles of 32 steps. Fewer still: 16 channels a program, which take
     another fifth more, unless spans of a long path make up for the missing programs. The bounds are those of an H200
     (benchmarks/README.md).
     """
@@ -711,22 +714,50 @@ def _gluon_forward_config(num_states: int, device: torch.device, programs: int, 
     wanted = _wanted_programs(device, single)
     if 8 * programs >= 7 * wanted:
         return single
-    if programs < wanted // 6 and (length <= _ONE_WALK or programs >= wanted // 18):
-        return _Config(states, 32, 4, block=16, resident=12, gluon=True)
-    shared = _Config(states, 16, 4, resident=20, gluon=True)
-    spans = _spans(_wanted_programs(device, shared), programs, length, _least_forward_spans(shared, length))
-    return shared._replace(steps=32) if length // spans > _ONE_WALK else shared
+    shared = _Config(states, 32 if length > _LONG else 16, 4, gluon=True)
+    if programs < wanted // 18 and length > _ONE_WALK:
+        multiprocessors = max(wanted // single.resident, 1)
+        return shared._replace(spans=_gluon_spans(programs, length, multiprocessors, backward=False))
+    return shared if programs >= wanted // 6 else _Config(states, 32, 4, block=16, gluon=True)
 
 
-def _least_forward_spans(config: _Config, length: int) -> int:
-    """Fewer are not worth their two more launches and second walk."""
-    return length + 1 if config.gluon and length <= _ONE_WALK else 3
-
-
-def _gluon_backward_config(num_states: int) -> _Config:
+def _gluon_backward_config(num_states: int, device: torch.device, programs: int, length: int) -> _Config:
+    """With ``programs`` of 32 channels; twice as many as the device holds are better than few that walk all paths."""
     states = power_of_2(num_states)
     steps = 64 // states  # a lane then holds 64 numbers of a tile
-    return _Config(states, steps, 1, tiles=_chunk(num_states) // steps, resident=16, gluon=True)
+    config = _Config(states, steps, 1, tiles=_chunk(num_states) // steps, resident=16, gluon=True)
+    multiprocessors = max(_wanted_programs(device, config) // config.resident, 1)
+    return config._replace(spans=_gluon_spans(programs, length, multiprocessors, backward=True))
+
+
+@functools.lru_cache(maxsize=1024)
+def _gluon_spans(programs: int, length: int, multiprocessors: int, backward: bool) -> int:
+    """Into how many spans paths are cut, if ``programs`` walk one each on so many multiprocessors.
+
+    The fewest steps one after the other, as they were timed on an H200 (benchmarks/README.md): a program's start takes
+    as long as some 16; programs on a multiprocessor slow each other down, in the forward pass all and in the backward
+    pass those of one scheduler; linking spans takes its time, and the first walk over them a part of a step's.
+    """
+
+    def cost(spans: int) -> float:
+        steps, spans = _span_steps(length, spans, 16 if backward else 32)
+        if not backward:
+            together = cdiv(programs * spans, multiprocessors)
+            return (steps + 16) * max(together + 0.1, 0.55 * together + 1.2) + 1.6 * spans
+        waves, rest = divmod(programs * spans / (multiprocessors * _BACKWARD_RESIDENT), 1)
+        # By programs a scheduler: one, one or two, two.
+        waves += 0.0 if rest == 0 else 0.6 if rest <= 0.5 else 0.87 if rest <= 0.75 else 1.0
+        first = 0 if spans == 1 else 0.1 + 0.03 * waves
+        return (steps + 16) * (waves + first) + (12 if spans > 1 else 0)
+
+    most = min(length // _SPAN_STEPS, math.isqrt(length))
+    return min(range(1, max(most, 1) + 1), key=cost)
+
+
+def _span_steps(length: int, spans: int, tile: int) -> tuple[int, int]:
+    """Steps of a span, of whole tiles, if a path is cut into about so many, and how many there are then."""
+    steps = cdiv(cdiv(length, spans), tile) * tile
+    return steps, cdiv(length, steps)
 
 
 def _in_gluon(num_states: int) -> bool:
@@ -779,7 +810,7 @@ class _Plan(NamedTuple):
 
 
 def _spans(wanted: int, programs: int, length: int, least: int) -> int:
-    """Of each path, if ``programs`` walk a path each; 1 where fewer than ``least`` would be left."""
+    """Of the portable kernels, if ``programs`` walk a path each; 1 where fewer than ``least`` would be left."""
     # Linking them takes time too, one span after the other.
     spans = min(wanted // max(programs, 1), length // _SPAN_STEPS, math.isqrt(length))
     return spans if spans >= least else 1
@@ -793,14 +824,12 @@ def _plan(batch, length, num_paths, blocks, num_states, device, config, sum_over
     if sum_over_paths and 8 * programs >= 7 * wanted:
         return _Plan(True, length, 1, programs)
     programs *= num_paths
-    chunk = _chunk(num_states)
     # Each span is walked twice. The first walk costs two thirds of a forward pass, but a fifth of a backward pass.
-    spans = _spans(wanted, programs, length, least_spans)
+    spans = config.spans if config.gluon else _spans(wanted, programs, length, least_spans)
     if spans == 1:
         return _Plan(False, length, 1, programs)
-    span = cdiv(cdiv(length, spans), chunk) * chunk
-    num_spans = cdiv(length, span)
-    return _Plan(False, span, num_spans, programs * num_spans)
+    span, spans = _span_steps(length, spans, max(_chunk(num_states), config.steps))
+    return _Plan(False, span, spans, programs * spans)
 
 
 class _Arguments(NamedTuple):
@@ -929,8 +958,7 @@ def selective_scan_forward(
             config = shared
             sum_over_paths = False  # programs are few enough already
     plan = _plan(
-        batch, length, num_paths, x.blocks(config), num_states, u.device, config, sum_over_paths,
-        _least_forward_spans(config, length),
+        batch, length, num_paths, x.blocks(config), num_states, u.device, config, sum_over_paths, least_spans=3
     )  # fmt: skip
     initial = _state_rows(initial_state)
     last_state = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
@@ -1008,7 +1036,10 @@ def selective_scan_backward(
     batch, length, num_paths, dim = delta.shape
     num_states, groups = A.shape[-1], B.shape[3]
     gluon = _uses_gluon(num_states, u.device)
-    config = _gluon_backward_config(num_states) if gluon else _backward_config(num_states)
+    config = _backward_config(num_states)
+    if gluon:
+        programs = batch * num_paths * x.blocks(config)
+        config = _gluon_backward_config(num_states, u.device, programs, length)
     u_shared = u.shape[2] < num_paths
     z_shared = z is not None and z.shape[2] < num_paths
     plan = _plan(
