@@ -373,7 +373,7 @@ def scan_forward_kernel(
     # Each in a piece of its own, as Triton puts a barrier between two stores into one.
     # With one channel a lane and 16 a warp, shared memory is what bounds the walk. A word of each channel would be half
     # of what it can hand out at a time, and the warp's two rows are added before they go there.
-    TWO_ROWS: gl.constexpr = QC == 1 and LC == 16
+    TWO_ROWS: gl.constexpr = QC == 1 and LC == 16 and WARPS > 1
     if TWO_ROWS:
         # Lanes that write four channels each do not meet in a bank.
         PADDED: gl.constexpr = gl.PaddedSharedLayout.with_identity_for([[32, 4]], [T, LC, 2], [2, 1, 0])
