@@ -212,11 +212,15 @@ def _save_state(border, h, state_at, h_ok, exponent_at, e_ok, quarter, layout: g
     LC: gl.constexpr = h.shape[4]
     if border.dtype.element_ty == gl.float16:
         D3: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, D5))
+        QC: gl.constexpr = h.shape[1]
         QUARTERS: gl.constexpr = min(NX, 4)
-        # The exponent of the largest number; not so small that the scale would leave float32.
+        # The exponent of the largest number; not so small that the scale would leave float32. Triton 3.6 takes the
+        # lanes of an axis for neighbours when it reduces it: so the lowest bit of the channels, after which the rows'
+        # bits come (_lanes_of), is an axis of its own.
         largest = gl.max(gl.max(gl.abs(h), axis=1), axis=1).to(gl.int32, bitcast=True)
-        rows = gl.reshape(gl.maximum(largest >> 23, 27), (1, QUARTERS, NX // QUARTERS * LC))
-        rows = gl.broadcast(gl.max(rows, axis=2)[:, :, None], rows)[0]
+        rows = gl.reshape(gl.maximum(largest >> 23, 27), (1, QUARTERS, NX // QUARTERS, LC * QC // 16, 8 // QC, 2))
+        most = gl.max(gl.max(gl.max(rows, axis=5), axis=4), axis=2)
+        rows = gl.broadcast(most[:, :, None, :][:, :, :, :, None][:, :, :, :, :, None], rows)[0]
         exponent = gl.convert_layout(gl.reshape(rows, (1, NX, LC)), D3, assert_trivial=True)
         kept = exponent.to(gl.int16).to(gl.float16, bitcast=True)
         gl.store(border + exponent_at, kept, mask=e_ok)
