@@ -214,13 +214,18 @@ def _save_state(border, h, state_at, h_ok, exponent_at, e_ok, quarter, layout: g
         D3: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, D5))
         QC: gl.constexpr = h.shape[1]
         QUARTERS: gl.constexpr = min(NX, 4)
-        # The exponent of the largest number; not so small that the scale would leave float32. Triton 3.6 takes the
-        # lanes of an axis for neighbours when it reduces it: so the lowest bit of the channels, after which the rows'
-        # bits come (_lanes_of), is an axis of its own.
+        # The exponent of the largest number; not so small that the scale would leave float32.
         largest = gl.max(gl.max(gl.abs(h), axis=1), axis=1).to(gl.int32, bitcast=True)
-        rows = gl.reshape(gl.maximum(largest >> 23, 27), (1, QUARTERS, NX // QUARTERS, LC * QC // 16, 8 // QC, 2))
-        most = gl.max(gl.max(gl.max(rows, axis=5), axis=4), axis=2)
-        rows = gl.broadcast(most[:, :, None, :][:, :, :, :, None][:, :, :, :, :, None], rows)[0]
+        largest = gl.maximum(largest >> 23, 27)
+        if LC < 16:
+            # Triton 3.6 reduces an axis over lanes as if they were neighbours. Here (_lanes_of) a row's bit stands
+            # behind the lowest bit of the channels, which is therefore an axis of its own.
+            rows = gl.reshape(largest, (1, QUARTERS, LC * QC // 16, 8 // QC, 2))
+            most = gl.max(gl.max(rows, axis=4), axis=3)
+            rows = gl.broadcast(most[:, :, :, None][:, :, :, :, None], rows)[0]
+        else:
+            rows = gl.reshape(largest, (1, QUARTERS, NX // QUARTERS * LC))
+            rows = gl.broadcast(gl.max(rows, axis=2)[:, :, None], rows)[0]
         exponent = gl.convert_layout(gl.reshape(rows, (1, NX, LC)), D3, assert_trivial=True)
         kept = exponent.to(gl.int16).to(gl.float16, bitcast=True)
         gl.store(border + exponent_at, kept, mask=e_ok)
