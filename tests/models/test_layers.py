@@ -121,6 +121,29 @@ def test_what_a_fused_scan_keeps():
     assert_close("other parameters", scan._cast("rows", scan.rows, torch.float64), state["rows"].double(), 1e-12)
 
 
+def test_when_the_inputs_of_a_scan_come_from_one_kernel(monkeypatch):
+    """Elsewhere from products, which gradients, compilers and counters of FLOPs see."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def scan_of(own_tokens=True, **options):
+        mixer = MambaMixer(16, **options)
+        return FusedScan(
+            mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D, own_tokens=own_tokens
+        )
+
+    u = torch.randn(1, 5, 2, 32, dtype=torch.bfloat16)
+    scan = scan_of()
+    assert not scan._in_one_kernel(u), "on a CPU"
+    monkeypatch.setattr(mamba, "resolve_backend", lambda *_: "triton")
+    assert scan._in_one_kernel(u) and scan._in_one_kernel(u.half())
+    assert not scan._in_one_kernel(u.float()), "its numbers would be rounded"
+    assert not scan._in_one_kernel(u.clone().requires_grad_())
+    assert not scan_of(own_tokens=False)._in_one_kernel(u[:, :, 0]), "not faster"
+    assert not scan_of(d_state=64)._in_one_kernel(u), "more than a program holds"
+    with FlopCounterMode(display=False):
+        assert not scan._in_one_kernel(u)
+
+
 def test_a_layer_that_is_cast_once():
     """It is not missed that its parameters have changed, been replaced, moved or want gradients."""
     torch.manual_seed(0)

@@ -236,11 +236,12 @@ class FusedScan(nn.Module):
     def _in_one_kernel(self, u: Tensor) -> bool:
         """Where paths have their own tokens (for shared ones it is not faster), and nobody has to see the products.
 
-        Numbers of 32 bits a GPU's matrix units would round.
+        A program holds rank and states of its tokens. Numbers of 32 bits a GPU's matrix units would round.
         """
-        if u.ndim == 3 or u.dtype not in (torch.bfloat16, torch.float16) or needs_operator(u) or needs_gradient(u):
+        small = max(len(self.steps) // self.sets, 2 * self.d_state) <= 64
+        if u.ndim == 3 or not small or u.dtype not in (torch.bfloat16, torch.float16):
             return False
-        return resolve_backend(None, u.device) == "triton"
+        return not needs_operator(u) and not needs_gradient(u) and resolve_backend(None, u.device) == "triton"
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor, paths: Tensor | None) -> Tensor:
