@@ -380,9 +380,11 @@ def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
     states = row[3]
     if kernels._uses_gluon(states, torch.device("meta")):
         programs = row[0] * row[4] * triton.cdiv(row[1], 32)
+        choose = getattr(kernels, f"_gluon_{direction}_config")
+        of_device = {"_wanted_programs": _wanted_programs(sms), "multiprocessors": lambda device: sms}
+        with mock.patch.multiple(kernels, **of_device):
+            default = choose(states, torch.device("meta"), programs, row[2])
         if direction == "forward":
-            with mock.patch.object(kernels, "_wanted_programs", _wanted_programs(sms)):
-                default = kernels._gluon_forward_config(states, torch.device("meta"), programs, row[2])
             found = [default]
             shapes = (
                 (32, 1, 8), (32, 1, 4), (16, 1, 8), (16, 1, 16), (32, 2, 8), (16, 2, 16), (16, 2, 32),
@@ -392,8 +394,6 @@ def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
                 for registers in (None, 168) if warps == 1 else (None,):
                     found.append(default._replace(block=block, warps=warps, steps=steps, registers=registers))
         else:
-            with mock.patch.object(kernels, "_wanted_programs", _wanted_programs(sms)):
-                default = kernels._gluon_backward_config(states, torch.device("meta"), programs, row[2])
             found = [default, *(default._replace(registers=registers) for registers in (224, 168))]
         found += [default._replace(spans=spans) for spans in (1, 2, 3, 5, 8, 11, 16, 22, 32, 44, 78)]
     else:

@@ -390,7 +390,7 @@ def test_warps_and_spans_where_programs_are_few(monkeypatch):
     """On 132 multiprocessors: enough images fill them, and one image alone has too few channels for a long walk."""
     module = pytest.importorskip("vision_mamba.ops.triton.selective_scan")
     monkeypatch.setattr(module, "HAS_GLUON", True)  # spans are of its chunks
-    monkeypatch.setattr(module, "_wanted_programs", lambda device, config: 132 * config.resident // config.warps)
+    monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     forward, backward = {}, {}
     for batch, length in (
         (128, 197), (96, 197), (32, 785), (64, 1025), (16, 2048), (8, 6085), (4, 6085), (1, 65536), (1, 6085), (1, 785),
@@ -400,7 +400,7 @@ def test_warps_and_spans_where_programs_are_few(monkeypatch):
         config = module._gluon_forward_config(16, torch.device("cuda"), programs, length)
         forward[batch, length] = config.warps, config.block, config.steps, config.spans
         config = module._gluon_backward_config(16, torch.device("cuda"), programs, length)
-        plan = module._plan(batch, length, 1, 12, 16, None, config, False, 2)
+        plan = module._plan(batch, length, 1, 12, 16, torch.device("cuda"), config, False, 2)
         assert plan.span % 16 == 0 or plan.num_spans == 1, "border states are of its chunks"
         assert plan.programs == programs * plan.num_spans
         backward[batch, length] = plan.num_spans

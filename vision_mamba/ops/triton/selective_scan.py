@@ -716,8 +716,7 @@ def _gluon_forward_config(num_states: int, device: torch.device, programs: int, 
         return single
     shared = _Config(states, 32 if length > _LONG else 16, 4, gluon=True)
     if programs < wanted // 18 and length > _ONE_WALK:
-        multiprocessors = max(wanted // single.resident, 1)
-        return shared._replace(spans=_gluon_spans(programs, length, multiprocessors, backward=False))
+        return shared._replace(spans=_gluon_spans(programs, length, multiprocessors(device), backward=False))
     return shared if programs >= wanted // 6 else _Config(states, 32, 4, block=16, gluon=True)
 
 
@@ -725,13 +724,12 @@ def _gluon_backward_config(num_states: int, device: torch.device, programs: int,
     """With ``programs`` of 32 channels; twice as many as the device holds are better than few that walk all paths."""
     states = power_of_2(num_states)
     steps = 64 // states  # a lane then holds 64 numbers of a tile
-    config = _Config(states, steps, 1, tiles=_chunk(num_states) // steps, resident=16, gluon=True)
-    multiprocessors = max(_wanted_programs(device, config) // config.resident, 1)
-    return config._replace(spans=_gluon_spans(programs, length, multiprocessors, backward=True))
+    spans = _gluon_spans(programs, length, multiprocessors(device), backward=True)
+    return _Config(states, steps, 1, tiles=_chunk(num_states) // steps, resident=16, gluon=True, spans=spans)
 
 
 @functools.lru_cache(maxsize=1024)
-def _gluon_spans(programs: int, length: int, multiprocessors: int, backward: bool) -> int:
+def _gluon_spans(programs: int, length: int, processors: int, backward: bool) -> int:
     """Into how many spans paths are cut, if ``programs`` walk one each on so many multiprocessors.
 
     The fewest steps one after the other, as they were timed on an H200 (benchmarks/README.md): a program's start takes
@@ -742,9 +740,9 @@ def _gluon_spans(programs: int, length: int, multiprocessors: int, backward: boo
     def cost(spans: int) -> float:
         steps, spans = _span_steps(length, spans, 16 if backward else 32)
         if not backward:
-            together = cdiv(programs * spans, multiprocessors)
+            together = cdiv(programs * spans, processors)
             return (steps + 16) * max(together + 0.1, 0.55 * together + 1.2) + 1.6 * spans
-        waves, rest = divmod(programs * spans / (multiprocessors * _BACKWARD_RESIDENT), 1)
+        waves, rest = divmod(programs * spans / (processors * _BACKWARD_RESIDENT), 1)
         # By programs a scheduler: one, one or two, two.
         waves += 0.0 if rest == 0 else 0.6 if rest <= 0.5 else 0.87 if rest <= 0.75 else 1.0
         first = 0 if spans == 1 else 0.1 + 0.03 * waves
