@@ -20,7 +20,7 @@ from .runtime import (
     store_rows,
 )
 
-_TILE = 2048  # numbers a program holds of a tensor at once, where a row is not longer
+_TILE = 2048  # numbers a program holds of a tensor at once, where a row is not longer; half of it in the backward pass
 _PROGRAMS = 8  # a multiprocessor, in the backward pass: each adds one row to the sums over rows
 _jit = jit_without(("rows", "span", "x_l", "residual_l", "dnormed_l", "dsum_l"))
 
@@ -59,7 +59,7 @@ def _norm_forward_kernel(
 @_jit
 def _norm_backward_kernel(
     dnormed, dsum, total, weight, grad, grad_other, dweight, dbias, rows, span, dim, dnormed_l, dsum_l, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, RMS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
     """``span`` rows a program, whose sums for weight and bias stay in its registers."""
     pid = tl.program_id(0).to(tl.int64)
@@ -70,7 +70,7 @@ def _norm_backward_kernel(
     w = tl.load(weight + c, mask=c_ok, other=0.0).to(tl.float32)
     of_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     of_bias = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, span, ROWS):
+    for start in tl.range(0, span, ROWS, num_stages=STAGES):
         row = pid * span + start + tl.arange(0, ROWS)
         row = tl.where(row < rows, row, -1)
         dy = load_rows(dnormed, row, dnormed_l, c, c_ok).to(tl.float32)
@@ -101,10 +101,10 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _tile(dim: int) -> tuple[dict[str, int], int]:
-    """Compile-time sizes by the number of channels alone, and the number of warps."""
+def _tile(dim: int, numbers: int) -> tuple[dict[str, int], int]:
+    """Compile-time sizes by the number of channels alone, and the number of warps: 16 numbers a lane."""
     block = power_of_2(dim)
-    return {"ROWS": max(_TILE // block, 1), "BLOCK": block}, min(max(block // 512, 4), 16)
+    return {"ROWS": max(numbers // block, 1), "BLOCK": block}, min(max(block, numbers) // 512, 16)
 
 
 def _strides(**tensors: Tensor | None) -> dict[str, int]:
@@ -119,7 +119,7 @@ def add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype, dtype)
     rows_x, rows_residual = _rows(x), _rows(residual)
     dim = x.shape[-1]
     strides = _strides(x=rows_x, residual=rows_residual)
-    tile, warps = _tile(dim)
+    tile, warps = _tile(dim, _TILE)
     if x.numel() > 0:
         with on_device(x):
             _norm_forward_kernel[(cdiv(len(rows_x), tile["ROWS"]),)](
@@ -136,7 +136,7 @@ def add_norm_backward(dnormed, dsum, total, weight, bias, eps, rms, dtypes):
     rows_dnormed, rows_dsum = _rows(dnormed), _rows(dsum)
     rows, dim = rows_dnormed.shape
     strides = _strides(dnormed=rows_dnormed, dsum=rows_dsum)
-    tile, warps = _tile(dim)
+    tile, warps = _tile(dim, _TILE // 2)
     programs = min(cdiv(rows, tile["ROWS"]), multiprocessors(total.device) * _PROGRAMS)
     # One sum a program, added up afterwards in a fixed order: equal bits every time, which atomics would not give.
     dweight = total.new_empty(programs, dim, dtype=torch.float32)
@@ -148,6 +148,7 @@ def add_norm_backward(dnormed, dsum, total, weight, bias, eps, rms, dtypes):
             _norm_backward_kernel[(programs,)](
                 rows_dnormed, rows_dsum, total.contiguous(), weight.contiguous(), *grads, *[None] * (2 - len(grads)),
                 dweight, dbias, rows, span, dim, *strides.values(), eps, **tile,
+                STAGES=2 if tile["BLOCK"] <= _TILE else 1,  # the next rows wait in shared memory, which long ones fill
                 ALIGN=alignment(dim, *strides.values()), RMS=rms, num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return grads, dweight.sum(0).to(weight.dtype), None if dbias is None else dbias.sum(0).to(bias.dtype)
