@@ -736,6 +736,8 @@ def _gluon_spans(programs: int, length: int, processors: int, backward: bool) ->
     as long as some 16; programs on a multiprocessor slow each other down, in the forward pass all and in the backward
     pass those of one scheduler; linking spans takes its time, and the first walk over them a part of a step's.
     """
+    if backward and programs > processors * _BACKWARD_RESIDENT:
+        return 1  # a last wave that is not full costs less than to walk everything twice
 
     def cost(spans: int) -> float:
         steps, spans = _span_steps(length, spans, 16 if backward else 32)
