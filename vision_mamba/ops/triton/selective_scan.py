@@ -617,7 +617,7 @@ def _column_sums(partial, rows, columns, column, ROWS: tl.constexpr, COLUMNS: tl
 def _add_partials_kernel(
     partial_B, partial_C, partial_A, partial_D, partial_bias, dB, dC, dA, dD, dbias,
     tokens, blocks, rows, channels, border_n, N: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of which several programs have a part: one launch, for such a sum takes hardly longer than its start.
 
@@ -631,9 +631,12 @@ def _add_partials_kernel(
         ok = at < tokens
         sum_B = tl.zeros([TOKENS], tl.float32)
         sum_C = tl.zeros([TOKENS], tl.float32)
-        for b in range(blocks):
-            sum_B += tl.load(partial_B + tl.cast(b, tl.int64) * tokens + at, mask=ok, other=0.0)
-            sum_C += tl.load(partial_C + tl.cast(b, tl.int64) * tokens + at, mask=ok, other=0.0)
+        for b in range(0, blocks, AT_ONCE):
+            for i in tl.static_range(AT_ONCE):  # in one piece, so that all these loads are under way at once
+                here = tl.cast(b + i, tl.int64) * tokens + at
+                there = at < tl.where(b + i < blocks, tokens, 0)
+                sum_B += tl.load(partial_B + here, mask=there, other=0.0)
+                sum_C += tl.load(partial_C + here, mask=there, other=0.0)
         tl.store(dB + at, sum_B.to(dB.dtype.element_ty), mask=ok)
         tl.store(dC + at, sum_C.to(dC.dtype.element_ty), mask=ok)
     elif pid < of_tokens + of_A:
@@ -1013,7 +1016,7 @@ def _add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums
     given = dict(
         partial_A=partial_A, partial_B=partial_B, partial_C=partial_C, partial_D=partial_D, partial_bias=partial_bias,
         tokens=partial_B[0].numel(), blocks=len(partial_B), rows=rows, channels=num_paths * dim, border_n=dim,
-        N=num_states, TOKENS=512, ROWS=16, COLUMNS=64, **sums,
+        N=num_states, TOKENS=512, AT_ONCE=4, ROWS=16, COLUMNS=32, **sums,
     )  # fmt: skip
     columns = [num_paths * dim * num_states]
     if partial_D is not None or partial_bias is not None:
