@@ -351,6 +351,24 @@ def _add_lanes(shared, count: gl.constexpr, layout: gl.constexpr):
     return gl.convert_layout(x, layout, assert_trivial=True)
 
 
+@gluon.jit
+def _after_spans(h, a2, change, total, apart, count, row, state, channel, channels, N: gl.constexpr):
+    """The state after ``count`` spans that are walked already, of all that start with ``h``.
+
+    ``change`` is where the rows of the first one's states begin that it makes of zeros, ``total`` its sums of steps,
+    and those of the next one are ``apart``.
+    """
+    AT_ONCE: gl.constexpr = 8  # in one piece, so that their loads are under way together
+    at = state * row + channel  # less than 2^31 numbers of a span
+    for s in range(0, count, AT_ONCE):
+        for i in gl.static_range(AT_ONCE):
+            ok = channel < gl.where(s + i < count, channels, 0)
+            steps = gl.load(total + (s + i) * apart + channel, mask=ok, other=0.0)
+            x = gl.load(change + (s + i) * apart * N + at, mask=ok & (state < N), other=0.0)
+            h = gl.exp2(steps * a2) * h + x
+    return h
+
+
 @_jit
 def scan_forward_kernel(
     u, delta, A, B, C, D, z, bias, paths, initial, y, last_state, states, change, total,
@@ -362,6 +380,8 @@ def scan_forward_kernel(
     LOOP_PATHS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The scan; without ``y``, what each span does to the state: change [.., N, D] from zero, sum of steps [.., D].
+
+    With both, the scan of spans of which that is known: each finds the state before it from ``initial``.
 
     Several warps share out the states of a path: a lane then has few, and the multiprocessor more warps to choose from.
     """
@@ -467,6 +487,13 @@ def scan_forward_kernel(
                 z_next = _load_rows(z_rows, token_e, length, z_l, c, c_ok)
         token_e_next = _ahead(path, start + T + step_e, end)
         token_s_next = _ahead(path, start + T + step_s, end)
+        if y is not None and change is not None:
+            span_at = (image * num_spans * num_paths + k) * border_n
+            h = _after_spans(
+                h, a2, change + span_at * N + first_c, total + span_at + first_c,
+                gl.cast(num_paths, gl.int64) * border_n, span_index, border_n, state, channel,
+                per_group - block * BLOCK, N,
+            )  # fmt: skip
         for t0 in range(start, end, T):
             token = token_e
             dt = delta_next.to(gl.float32) + shift[None, :]

@@ -671,7 +671,6 @@ class _Config(NamedTuple):
 MAX_STATES = 256  # of a channel: eight warps then hold one step of them
 _REGISTERS = 168  # a thread: twelve warps then fit on a multiprocessor of 65536
 _SPAN_STEPS = 64  # shorter spans cost more in launches than they gain
-_ONE_WALK = 640  # up to as many steps, one launch of the Gluon kernel beats the three of spans
 _LONG = 320  # more steps pay for long tiles, of which the last one may be half empty
 _BACKWARD_RESIDENT = 8  # programs of the Gluon kernel that a multiprocessor holds, of one warp with 255 registers
 
@@ -718,8 +717,10 @@ def _gluon_forward_config(num_states: int, device: torch.device, programs: int, 
     if 8 * programs >= 7 * wanted:
         return single
     shared = _Config(states, 32 if length > _LONG else 16, 4, gluon=True)
-    if programs < wanted // 18 and length > _ONE_WALK:
-        return shared._replace(spans=_gluon_spans(programs, length, multiprocessors(device), backward=False))
+    if programs < wanted // 18 and length > _LONG:
+        spans = _gluon_spans(programs, length, multiprocessors(device), backward=False)
+        if spans > 1:
+            return shared._replace(spans=spans)
     return shared if programs >= wanted // 6 else _Config(states, 32, 4, block=16, gluon=True)
 
 
@@ -737,23 +738,26 @@ def _gluon_spans(programs: int, length: int, processors: int, backward: bool) ->
 
     The fewest steps one after the other, as they were timed on an H200 (benchmarks/README.md): a program's start takes
     as long as some 16; programs on a multiprocessor slow each other down, in the forward pass all and in the backward
-    pass those of one scheduler; linking spans takes its time, and the first walk over them a part of a step's.
+    pass those of one scheduler; linking spans takes its time, and the first walk over them a part of a step's. One walk
+    of the forward pass is that of 16 channels a program.
     """
     if backward and programs > processors * _BACKWARD_RESIDENT:
         return 1  # a last wave that is not full costs less than to walk everything twice
 
     def cost(spans: int) -> float:
         steps, spans = _span_steps(length, spans, 16 if backward else 32)
+        if not backward and spans == 1:
+            return length * (0.31 * cdiv(2 * programs, processors) + 0.25)
         if not backward:
             together = cdiv(programs * spans, processors)
-            return (steps + 16) * max(together + 0.1, 0.55 * together + 1.2) + 1.6 * spans
+            return (steps + 16) * max(together + 0.1, 0.55 * together + 1.2) + 5 * spans
         waves, rest = divmod(programs * spans / (processors * _BACKWARD_RESIDENT), 1)
         # By programs a scheduler: one, one or two, two.
         waves += 0.0 if rest == 0 else 0.6 if rest <= 0.5 else 0.87 if rest <= 0.75 else 1.0
         first = 0 if spans == 1 else 0.1 + 0.03 * waves
         return (steps + 16) * (waves + first) + (12 if spans > 1 else 0)
 
-    most = min(length // _SPAN_STEPS, math.isqrt(length))
+    most = min(length // (_SPAN_STEPS if backward else 32), math.isqrt(length))
     return min(range(1, max(most, 1) + 1), key=cost)
 
 
@@ -905,28 +909,30 @@ def _state_rows(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.transpose(2, 3).contiguous().unsqueeze(1)
 
 
-def _link(
-    plan: _Plan, kernel, given: dict, state: Tensor | None, x: _Arguments, config: _Config, reverse: bool
-) -> tuple[list[tuple], Tensor]:
-    """The launches that give the state at the start of every span (the gradient at its end if ``reverse``), and where.
-
-    (batch, spans, K, N, D).
-    """
+def _span_changes(plan: _Plan, kernel, given: dict, x: _Arguments, config: _Config) -> tuple[tuple, dict]:
+    """The launch that finds what each span does to a state of zeros, (batch, spans, K, N, D), and its sum of steps."""
     batch, _, num_paths, dim = x.tensors["delta"].shape
     shape = batch, plan.num_spans, num_paths
-    change = x.tensors["u"].new_empty(*shape, given["N"], dim, dtype=torch.float32)
-    total = x.tensors["u"].new_empty(*shape, dim, dtype=torch.float32)
-    given = given | {"change": change, "total": total}
-    linked = given | dict(initial=state, REVERSE=reverse, SPANS=16, **_names("h", state, "bskn"))
-    return [
-        (kernel, (plan.programs,), given | {"initial": None}, config.warps),
-        # One warp, so that the spans of a tile lie in one thread.
-        (_link_spans_kernel, (plan.programs // plan.num_spans, given["N"]), linked, 1),
-    ], change
+    changes = {
+        "change": x.tensors["u"].new_empty(*shape, given["N"], dim, dtype=torch.float32),
+        "total": x.tensors["u"].new_empty(*shape, dim, dtype=torch.float32),
+    }
+    return (kernel, (plan.programs,), given | changes | {"initial": None}, config.warps), changes
 
 
-def _launch(launches: list[tuple], device: torch.device) -> None:
-    if len(launches) > 2:  # with spans there are so many kernels that to compile them one by one takes its time
+def _link(plan: _Plan, given: dict, changes: dict, state: Tensor | None, reverse: bool) -> tuple[tuple, dict]:
+    """The launch that gives the state at the start of every span (the gradient at its end if ``reverse``), and where.
+
+    In the place of the spans' changes.
+    """
+    linked = given | changes | dict(initial=state, REVERSE=reverse, SPANS=16, **_names("h", state, "bskn"))
+    # One warp, so that the spans of a tile lie in one thread.
+    launch = _link_spans_kernel, (plan.programs // plan.num_spans, given["N"]), linked, 1
+    return launch, _names("h", changes["change"], "bskn")
+
+
+def _launch(launches: list[tuple], plan: _Plan, device: torch.device) -> None:
+    if plan.num_spans > 1:  # there are so many kernels then that to compile them one by one takes its time
         compile_together(launches, device)
     for given in launches:
         launch(*given)
@@ -977,13 +983,19 @@ def selective_scan_forward(
     )  # fmt: skip
     launches: list[tuple] = []
     if plan.num_spans > 1 and plan.programs > 0:
-        kernel = _kernels(config.gluon).span_forward
-        launches, initial = _link(plan, kernel, given | {"y": None}, initial, x, config, reverse=False)
-        given |= dict(initial=initial, **_names("h", initial, "bskn"))
+        kernels = _kernels(config.gluon)
+        first, changes = _span_changes(plan, kernels.span_forward, given | {"y": None}, x, config)
+        launches = [first]
+        if config.gluon:
+            given |= changes
+        else:
+            linked, strides = _link(plan, given, changes, initial, reverse=False)
+            launches.append(linked)
+            given |= {"initial": changes["change"], **strides}
     if plan.programs > 0:
         launches.append((_kernels(config.gluon).forward, (plan.programs,), given, config.warps, config.registers))
     with on_device(u):
-        _launch(launches, u.device)
+        _launch(launches, plan, u.device)
     if merge:
         y = sum_of_paths(y)
     return y, last_state, states
@@ -1101,14 +1113,16 @@ def selective_scan_backward(
     )  # fmt: skip
     launches: list[tuple] = []
     if plan.num_spans > 1 and plan.programs > 0:
-        launches, dlast = _link(plan, _kernels(config.gluon).span_backward, given, dlast, x, config, reverse=True)
-        given |= dict(dlast=dlast, **_names("h", dlast, "bskn"))
+        first, changes = _span_changes(plan, _kernels(config.gluon).span_backward, given, x, config)
+        linked, strides = _link(plan, given, changes, dlast, reverse=True)
+        launches = [first, linked]
+        given |= {"dlast": changes["change"], **strides}
     if plan.programs > 0:
         launches.append((_kernels(config.gluon).backward, (plan.programs,), given, config.warps, config.registers))
     if num_paths * dim > 0:
         launches.append(_add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums))
     with on_device(u):
-        _launch(launches, u.device)
+        _launch(launches, plan, u.device)
 
     def summed(grad: Tensor, like: Tensor) -> Tensor:
         return (sum_of_paths(grad).unsqueeze(2) if grad.shape[2] > like.shape[2] else grad).to(like.dtype)
