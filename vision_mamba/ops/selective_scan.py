@@ -299,12 +299,15 @@ def _(u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus,
 
 def _backward(
     dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, backend,
-    overwrite_delta=False,
+    y=None, overwrite_delta=False,
 ):  # fmt: skip
-    """Gradients of the tensors that are there, in the order u, delta, A, B, C, D, z, delta_bias, initial_state."""
+    """Gradients of the tensors that are there, in the order u, delta, A, B, C, D, z, delta_bias, initial_state.
+
+    With ``y``, where the backend wants it (:func:`_output_for`).
+    """
     grads = load_backend(backend).selective_scan_backward(
         dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge,
-        overwrite_delta,
+        y, overwrite_delta,
     )  # fmt: skip
     # Dense, as the fake kernel says: compiled code relies on the strides.
     return [grad.contiguous() for grad in grads if grad is not None]
@@ -314,8 +317,8 @@ _scan_backward = torch.library.custom_op(
     "vision_mamba::selective_scan_backward",
     _backward,
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor? dlast_state, Tensor states, {_TENSORS}, bool delta_softplus, bool merge, str backend)"
-    " -> Tensor[]",
+    schema=f"(Tensor dy, Tensor? dlast_state, Tensor states, {_TENSORS}, bool delta_softplus, bool merge, str backend, "
+    "Tensor? y=None) -> Tensor[]",
 )
 
 
@@ -333,26 +336,33 @@ def _setup_context(ctx, inputs, output):
     *tensors, delta_softplus, merge, save_states, backend = inputs
     if not save_states:
         raise RuntimeError("vision_mamba::selective_scan needs save_states=True to be differentiated")
-    ctx.save_for_backward(*tensors, output[2])
+    y, _, states = output
+    ctx.save_for_backward(*tensors, states, _output_for(backend, y, tensors, merge))
     ctx.options = (delta_softplus, merge, backend)
     ctx.set_materialize_grads(False)
 
 
+def _output_for(backend, y, tensors, merge):
+    """``y``, if the backward pass wants it."""
+    u, delta, _, _, _, _, z, *_ = tensors
+    return y if load_backend(backend).wants_output(u, delta, z, merge) else None
+
+
 def _scan_autograd(ctx, dy, dlast_state, dstates):
-    *tensors, states = ctx.saved_tensors
-    return _gradients(ctx.options, tensors, states, dy, dlast_state)
+    *tensors, states, y = ctx.saved_tensors
+    return _gradients(ctx.options, tensors, states, y, dy, dlast_state)
 
 
-def _gradients(options, tensors, states, dy, dlast_state, overwrite_delta=False):
+def _gradients(options, tensors, states, y, dy, dlast_state, overwrite_delta=False):
     u, delta, A, B, C, D, z, delta_bias, paths, initial_state = tensors
     delta_softplus, merge, backend = options
     if dy is None:
         batch, length, num_paths, dim = delta.shape
         dy = u.new_zeros((batch, length, dim) if merge else (batch, length, num_paths, dim))
     run = partial(_backward, overwrite_delta=overwrite_delta)
-    if derivative_needs_operator(dy, dlast_state, states, *tensors):
+    if derivative_needs_operator(dy, dlast_state, states, y, *tensors):
         run = torch.ops.vision_mamba.selective_scan_backward
-    grads = iter(run(dy, dlast_state, states, *tensors, delta_softplus, merge, backend))
+    grads = iter(run(dy, dlast_state, states, *tensors, delta_softplus, merge, backend, y))
     differentiable = (u, delta, A, B, C, D, z, delta_bias)
     of_inputs = [next(grads) if t is not None else None for t in differentiable]
     of_state = next(grads) if initial_state is not None else None
@@ -421,17 +431,20 @@ class _Scan(torch.autograd.Function):
             return _forward(u, step_sizes(delta, delta_weight, matrix), *inputs)
 
         output = run() if _results.now is None else _results.now.output(run)
-        ctx.save_for_backward(u, delta, *tensors, output[2], delta_weight, matrix)
+        y, _, states = output
+        # As to paths, low-rank step sizes are like any.
+        y = _output_for(backend, y, (u, delta, *tensors), merge)
+        ctx.save_for_backward(u, delta, *tensors, states, y, delta_weight, matrix)
         ctx.options = (delta_softplus, merge, backend)
         ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     def backward(ctx, dy, dlast_state, dstates):
-        u, delta, *tensors, states, weight, matrix = ctx.saved_tensors
+        u, delta, *tensors, states, y, weight, matrix = ctx.saved_tensors
         steps = step_sizes(delta, weight, matrix)
         own = steps is not delta
-        du, ddelta, *grads = _gradients(ctx.options, (u, steps, *tensors), states, dy, dlast_state, own)
+        du, ddelta, *grads = _gradients(ctx.options, (u, steps, *tensors), states, y, dy, dlast_state, own)
         dweight = None
         if weight is not None:
             ddelta, dweight = _step_gradients(ddelta, delta, weight, matrix)

@@ -384,6 +384,11 @@ def _arguments(u, delta, A, B, C, D, z, delta_bias, paths) -> _Arguments:
     )  # fmt: skip
 
 
+def wants_output(u: Tensor, delta: Tensor, z: Tensor | None, merge: bool) -> bool:
+    """Whether the backward pass takes y: never, as it has the states at hand."""
+    return False
+
+
 def selective_scan_forward(
     u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, save_states, delta_weight=None,
     overwrite_delta=False,
@@ -417,7 +422,7 @@ def selective_scan_forward(
 
 
 def selective_scan_backward(
-    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge,
+    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, y=None,
     overwrite_delta=False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None where there is no input.

@@ -3,7 +3,7 @@
 from .add_norm import add_norm_backward, add_norm_forward
 from .causal_conv1d import causal_conv1d_backward, causal_conv1d_forward
 from .scan_inputs import scan_inputs
-from .selective_scan import new_states, selective_scan_backward, selective_scan_forward
+from .selective_scan import new_states, selective_scan_backward, selective_scan_forward, wants_output
 
 __all__ = [
     "add_norm_backward",
@@ -14,4 +14,5 @@ __all__ = [
     "scan_inputs",
     "selective_scan_backward",
     "selective_scan_forward",
+    "wants_output",
 ]

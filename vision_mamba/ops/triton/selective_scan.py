@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from ..selective_scan import step_sizes
+from .gated_sum import gated_sum, gated_sum_backward
 from .runtime import (
     HAS_GLUON,
     LOG2E,
@@ -802,6 +803,15 @@ def new_states(u: Tensor, delta: Tensor, B: Tensor, num_states: int, save: bool)
     return delta.new_empty((batch, chunks, num_paths, numbers) if save else (0, 0, 0, 0), dtype=dtype)
 
 
+def wants_output(u: Tensor, delta: Tensor, z: Tensor | None, merge: bool) -> bool:
+    """Whether paths are added and gated in a pass of its own, whose result the backward pass then takes.
+
+    Where they share the gate. Not in float16, in which a small gate would leave too little of what it gates.
+    """
+    apart = merge and z is not None and z.shape[2] == 1 and delta.shape[2] > 1
+    return apart and u.dtype != torch.float16
+
+
 def _wanted_programs(device: torch.device, config: _Config) -> int:
     """How many programs fill the device."""
     if device.type != "cuda":
@@ -948,6 +958,10 @@ def selective_scan_forward(
     else has or wants: a program reads those of a tile before it writes there, and no other program's.
     """
     delta = step_sizes(delta, delta_weight)
+    gate = z if wants_output(u, delta, z, merge) else None
+    if gate is not None:
+        check_dtypes(z=gate)
+        z = None
     overwrite = (overwrite_delta or delta_weight is not None) and not merge and not save_states
     overwrite = overwrite and delta.dtype == u.dtype and delta.is_contiguous()  # not one for all paths
     x = _arguments(u, delta, A, B, C, D, z, delta_bias, paths)
@@ -997,7 +1011,7 @@ def selective_scan_forward(
     with on_device(u):
         _launch(launches, plan, u.device)
     if merge:
-        y = sum_of_paths(y)
+        y = sum_of_paths(y) if gate is None else gated_sum(y, gate)
     return y, last_state, states
 
 
@@ -1039,13 +1053,18 @@ def _add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums
 
 
 def selective_scan_backward(
-    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge,
+    dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, merge, y=None,
     overwrite_delta=False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state; None where there is no input.
 
-    That of delta is written over step sizes that nobody else has or wants, as y is in the forward pass.
+    That of delta is written over step sizes that nobody else has or wants, as y is in the forward pass. ``y`` is the
+    result of the forward pass, where its gate was apart.
     """
+    gate_gradient = None
+    if y is not None:
+        dy, gate_gradient = gated_sum_backward(dy, y, z)
+        z = None
     x = _arguments(u, delta, A, B, C, D, z, delta_bias, paths)
     check_dtypes(dy=dy, initial_state=initial_state, dlast_state=dlast_state)
     batch, length, num_paths, dim = delta.shape
@@ -1134,7 +1153,7 @@ def selective_scan_backward(
         sums["dB"],
         sums["dC"],
         sums["dD"],
-        summed(dz, z) if dz is not None else None,
+        summed(dz, z) if dz is not None else gate_gradient,
         sums["dbias"],
         dinitial.to(initial_state.dtype) if dinitial is not None else None,
     )

@@ -1,0 +1,96 @@
+"""The sum over paths and its gate, ``silu(z) * (y_1 + ... + y_K)``, in one pass, and their gradients in another.
+
+A gate that all paths share is none of the scan's business: each of its programs would read the gate, and their
+backward pass find y again for the gate's gradient, which is more work than this. y need not be kept for that either:
+it is in what was given out, so long as no gate is exactly zero.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .runtime import alignment, cdiv, dense, jit_without, launch, on_device, power_of_2, sigmoid
+
+_TILE = 4096  # numbers of a program
+_jit = jit_without(("rows", "parts_k", "z_l", "dy_l"))
+
+
+@triton.jit
+def _tile_at(rows, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Row and column of a program's numbers, [ROWS, BLOCK], and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    return row[:, None], column[None, :], (row < rows)[:, None] & (column < dim)[None, :]
+
+
+@triton.jit
+def _gate(base, at, ok):
+    """z and its sigmoid. Gates nearer to zero than 2^-60 are that: no result shows it, but y can be found from it."""
+    z = tl.load(base + at, mask=ok, other=0.0).to(tl.float32)
+    z = tl.where(tl.abs(z) < 8.673617379884035e-19, 8.673617379884035e-19, z)
+    return z, sigmoid(z)
+
+
+@_jit
+def _gated_sum_kernel(
+    parts, z, y, rows, dim, parts_k, z_l,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    row, column, ok = _tile_at(rows, dim, ROWS, BLOCK)
+    at = row * dim + column
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        here = tl.multiple_of(k * parts_k.to(tl.int64), ALIGN)
+        total += tl.load(parts + here + at, mask=ok, other=0.0).to(tl.float32)
+    zf, sig = _gate(z, row * tl.multiple_of(z_l.to(tl.int64), ALIGN) + column, ok)
+    tl.store(y + at, (total * zf * sig).to(y.dtype.element_ty), mask=ok)
+
+
+@_jit
+def _gated_sum_backward_kernel(
+    dy, y, z, dsum, dz, rows, dim, dy_l, z_l, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
+    row, column, ok = _tile_at(rows, dim, ROWS, BLOCK)
+    at = row * dim + column
+    zf, sig = _gate(z, row * tl.multiple_of(z_l.to(tl.int64), ALIGN) + column, ok)
+    dy_at = row * tl.multiple_of(dy_l.to(tl.int64), ALIGN) + column
+    df = tl.load(dy + dy_at, mask=ok, other=0.0).to(tl.float32)
+    yf = tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dsum + at, (df * zf * sig).to(dsum.dtype.element_ty), mask=ok)
+    # silu'(z) / silu(z)
+    tl.store(dz + at, (df * yf * (1.0 / zf + (1.0 - sig))).to(dz.dtype.element_ty), mask=ok)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(batch, L, D) or (batch, L, 1, D) as (batch L, D): a view where batch and L have one step."""
+    return dense(tensor.reshape(-1, tensor.shape[-1]))
+
+
+def _launch(kernel, tensors: dict[str, Tensor], strides: dict[str, int], **given) -> None:
+    rows, dim = tensors["z"].shape
+    block = min(power_of_2(dim), 128)
+    given |= dict(ROWS=max(_TILE // block, 1), BLOCK=block, ALIGN=alignment(dim, *strides.values()))
+    if rows * dim > 0:
+        with on_device(tensors["z"]):
+            grid = cdiv(rows, given["ROWS"]), cdiv(dim, block)
+            launch(kernel, grid, tensors | strides | dict(rows=rows, dim=dim) | given, 4)
+
+
+def gated_sum(parts: Tensor, z: Tensor) -> Tensor:
+    """Parts (batch, L, K, D) by ``runtime.new_by_path``, and gates (batch, L, 1, D) -> (batch, L, D)."""
+    batch, length, _, dim = parts.shape
+    y, z_rows = parts.new_empty(batch, length, dim), _rows(z)
+    strides = dict(parts_k=parts.stride(2), z_l=z_rows.stride(0))
+    _launch(_gated_sum_kernel, dict(parts=parts, z=z_rows, y=y), strides, K=parts.shape[2])
+    return y
+
+
+def gated_sum_backward(dy: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of each part of the sum, in the dtype of ``y``, and of z, by what :func:`gated_sum` returned."""
+    dsum, dz = y.new_empty(y.shape), z.new_empty(z.shape)
+    dy_rows, z_rows = _rows(dy), _rows(z)
+    strides = dict(dy_l=dy_rows.stride(0), z_l=z_rows.stride(0))
+    _launch(_gated_sum_backward_kernel, dict(dy=dy_rows, y=y.contiguous(), z=z_rows, dsum=dsum, dz=dz), strides)
+    return dsum, dz
