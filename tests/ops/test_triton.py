@@ -19,7 +19,7 @@ import torch
 from tests.ops.backends import CUDA, DEVICE, INTERPRETED, TOLERANCE, kernels, needs_gpu
 from tests.ops.gluon_interpreter import emulate
 from vision_mamba.ops.backend import load_backend
-from vision_mamba.ops.causal_conv1d import causal_conv1d
+from vision_mamba.ops.causal_conv1d import causal_conv1d, causal_conv1d_of_half
 from vision_mamba.ops.selective_scan import selective_scan
 
 gpu = pytest.mark.gpu
@@ -594,6 +594,43 @@ def check_convolution(length, dim, paths, width, silu, dtype) -> None:
         grads = torch.autograd.grad(y, list(tensors.values()), dy)
         found[backend] = {"y": y.detach()} | {f"d{n}": g for n, g in zip(tensors, grads, strict=True)}
     assert_near(found["triton"], found["reference"], TOLERANCE[dtype])
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("paths", [None, 1, 2, 3])
+@pytest.mark.parametrize("dim", [20, 130])
+def test_convolution_of_half_is_that_of_a_chunk(dim, paths, dtype):
+    """And the gradient of the whole is one tensor, that of the other half behind that of the first one."""
+    length = 7 if INTERPRETED else 197
+    generator = torch.Generator().manual_seed(0)
+    table = None
+    if paths is not None:
+        table = torch.stack([torch.randperm(length, generator=generator) for _ in range(paths)]).to(DEVICE)
+    projected = torch.randn(2, length, 2 * dim, generator=generator).to(DEVICE, dtype)
+    weight = torch.randn(dim, 3, generator=generator).to(DEVICE)
+    bias = torch.randn(dim, generator=generator).to(DEVICE)
+    found = {}
+    for name in ("ours", "expected"):
+        tensors = [t.double() if name == "expected" else t for t in (projected, weight, bias)]
+        whole, weight_, bias_ = (t.detach().requires_grad_() for t in tensors)
+        options = dict(activation="silu", paths=table)
+        if name == "ours":
+            y, rest = causal_conv1d_of_half(whole, weight_, bias_, backend="triton", **options)
+        else:
+            x, rest = whole.chunk(2, dim=-1)
+            y = causal_conv1d(x, weight_, bias_, backend="reference", **options)
+        generator = torch.Generator().manual_seed(1)
+        given = [torch.randn(t.shape, generator=generator).to(dtype).to(t) for t in (y, rest)]
+        grads = torch.autograd.grad((y, rest), (whole, weight_, bias_), given)
+        found[name] = dict(zip(("y", "rest", "dwhole", "dweight", "dbias"), (y, rest, *grads), strict=True))
+    assert_near({name: t.detach() for name, t in found["ours"].items()}, found["expected"], TOLERANCE[dtype])
+    # Where only one of both is used, the other one's gradient is zero.
+    whole = projected.clone().requires_grad_()
+    y, rest = causal_conv1d_of_half(whole, weight, bias, paths=table, backend="triton")
+    (grad,) = torch.autograd.grad(rest.float().sum(), whole)
+    assert torch.equal(grad[..., :dim], torch.zeros_like(grad[..., :dim]))
+    assert torch.equal(grad[..., dim:], torch.ones_like(grad[..., dim:]))
 
 
 @kernels

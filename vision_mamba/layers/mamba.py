@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import causal_conv1d, selective_scan
+from ..ops import causal_conv1d, causal_conv1d_of_half, selective_scan
 from ..ops.backend import load_backend, needs_gradient, needs_operator, resolve_backend
 from ..ops.selective_scan import block_diagonal, path_products
 from .observed import are_observed
@@ -244,11 +246,11 @@ class FusedScan(nn.Module):
         return not needs_operator(u) and not needs_gradient(u) and resolve_backend(None, u.device) == "triton"
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor, paths: Tensor | None) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor, paths: Tensor | None, conv: Callable = causal_conv1d) -> Any:
     """Tokens (batch, L, D) convolved along each path, (batch, L, K, D), or in raster order without paths."""
     if paths is None:
-        return causal_conv1d(x, weight[0], bias[0], activation="silu")
-    return causal_conv1d(x, weight, bias, activation="silu", paths=paths)
+        return conv(x, weight[0], bias[0], activation="silu")
+    return conv(x, weight, bias, activation="silu", paths=paths)
 
 
 class MambaMixer(nn.Module):
@@ -322,8 +324,8 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
         """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = _convolved(x, self.conv_weight, self.conv_bias, None if self.share_paths else paths)
+        conv_paths = None if self.share_paths else paths
+        x, z = _convolved(self.in_proj(x), self.conv_weight, self.conv_bias, conv_paths, causal_conv1d_of_half)
         x, dt, B, C = scan_inputs(x, self.x_proj_weight, self.d_state)
         if self.share_paths:
             dt, B, C = dt.squeeze(2), B.squeeze(2), C.squeeze(2)

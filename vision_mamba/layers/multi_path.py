@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops import causal_conv1d, selective_scan
+from ..ops import causal_conv1d_of_half, selective_scan
 from .mamba import init_scan_parameters, shared_linear, state_matrix
 
 
@@ -74,8 +74,8 @@ class MultiPathMixer(nn.Module):
 
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
         """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu", paths=paths)
+        projected = self.in_proj(x)
+        x, z = causal_conv1d_of_half(projected, self.conv_weight, self.conv_bias, activation="silu", paths=paths)
         x, product = shared_linear(x, self.x_proj_weight)
         dt, B, C = product.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         y = selective_scan(

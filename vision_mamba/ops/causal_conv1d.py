@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import derivative_needs_operator, form_for, load_backend, resolve_backend
+from .backend import (
+    derivative_needs_operator,
+    form_for,
+    load_backend,
+    needs_gradient,
+    needs_operator,
+    resolve_backend,
+)
 from .selective_scan import canonical_paths
 
 
@@ -39,6 +46,40 @@ def causal_conv1d(
         ValueError: shapes that do not fit together or an unknown name.
         RuntimeError: the backend cannot run on the tensors' device.
     """
+    weight, bias, paths, has_paths, name = _checked(x, weight, bias, activation, paths, backend)
+    if name == "reference":
+        y = reference.causal_conv1d(x, weight, bias, activation=activation, paths=paths)
+    else:
+        run = form_for(torch.ops.vision_mamba.causal_conv1d, _Conv.apply, _forward, x, weight, bias)
+        y = run(x, weight, bias, paths, activation == "silu", name)
+    return y if has_paths else y.squeeze(2)
+
+
+def causal_conv1d_of_half(
+    projected: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    paths: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The first half of ``projected`` (batch, L, 2 D) by :func:`causal_conv1d`, and the second half as it is.
+
+    As tokens and gate come out of a mixer's input projection. A ``chunk`` would do, but its backward pass copies the
+    gradients of both halves to where the projection's reads them; here they are written there.
+    """
+    x, rest = projected.chunk(2, dim=-1)
+    tensors = projected, weight, bias
+    if resolve_backend(backend, x.device) != "triton" or needs_operator(*tensors) or not needs_gradient(*tensors):
+        return causal_conv1d(x, weight, bias, activation=activation, paths=paths, backend=backend), rest
+    weight, bias, paths, has_paths, name = _checked(x, weight, bias, activation, paths, backend)
+    y, rest = _ConvOfHalf.apply(projected, weight, bias, paths, activation == "silu", name)
+    return y if has_paths else y.squeeze(2), rest
+
+
+def _checked(x, weight, bias, activation, paths, backend):
+    """Weight, bias and paths with an axis of paths, whether one of them had one, and the backend."""
     if activation not in (None, "silu"):
         raise ValueError(f"activation={activation!r}: allowed are None and 'silu'")
     if x.ndim != 3 or weight.ndim not in (2, 3) or weight.shape[-2] != x.shape[-1]:
@@ -56,12 +97,7 @@ def causal_conv1d(
                 f"bias has shape {tuple(bias.shape)}; expected ({x.shape[-1]},) or {tuple(weight.shape[:2])}"
             )
         bias = bias.expand(weight.shape[:2])
-    if name == "reference":
-        y = reference.causal_conv1d(x, weight, bias, activation=activation, paths=paths)
-    else:
-        run = form_for(torch.ops.vision_mamba.causal_conv1d, _Conv.apply, _forward, x, weight, bias)
-        y = run(x, weight, bias, paths, activation == "silu", name)
-    return y if has_paths else y.squeeze(2)
+    return weight, bias, paths, has_paths, name
 
 
 # Schemas are spelt out: torch 2.6 cannot infer them from annotations such as ``list[Tensor]``.
@@ -130,3 +166,21 @@ class _Conv(torch.autograd.Function):
         return output
 
     backward = staticmethod(_conv_autograd)
+
+
+class _ConvOfHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, projected, *inputs):
+        x, rest = projected.chunk(2, dim=-1)
+        y = _forward(x, *inputs)
+        _setup_context(ctx, (x, *inputs), y)
+        return y, rest
+
+    @staticmethod
+    def backward(ctx, dy, drest):
+        if derivative_needs_operator(dy, drest):
+            dx, *grads = _conv_autograd(ctx, dy)
+            return torch.cat((dx, drest), dim=-1), *grads
+        silu, backend = ctx.options
+        grads = load_backend(backend).causal_conv1d_backward(dy, *ctx.saved_tensors, silu, drest)
+        return *grads, None, None, None

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .path_sums import sum_beside
 from .runtime import (
     alignment,
     cdiv,
@@ -340,8 +341,8 @@ def causal_conv1d_forward(x, weight, bias, paths, silu) -> Tensor:
     return y
 
 
-def causal_conv1d_backward(dy, x, weight, bias, paths, silu):
-    """Gradients of x, weight and bias (None without a bias)."""
+def causal_conv1d_backward(dy, x, weight, bias, paths, silu, beside=None):
+    """Gradients of x, weight and bias (None without a bias); that of x with ``beside`` (batch, L, D) behind it."""
     given = _arguments(x, weight, bias, paths, silu)
     check_dtypes(dy=dy)
     dy = dense(dy)
@@ -363,4 +364,5 @@ def causal_conv1d_backward(dy, x, weight, bias, paths, silu):
             launch(_conv_backward_kernel, (programs,), given | segments, 4, _BACKWARD.registers)
     sums = sums.sum(0)
     dweight = sums[:, :width].transpose(1, 2).contiguous().to(weight.dtype)
-    return sum_of_paths(by_path), dweight, sums[:, width].to(bias.dtype) if bias is not None else None
+    dx = sum_of_paths(by_path) if beside is None else sum_beside(by_path, beside)
+    return dx, dweight, sums[:, width].to(bias.dtype) if bias is not None else None

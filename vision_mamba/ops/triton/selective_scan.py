@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from ..selective_scan import step_sizes
-from .gated_sum import gated_sum, gated_sum_backward
+from .path_sums import gated_sum, gated_sum_backward
 from .runtime import (
     HAS_GLUON,
     LOG2E,

@@ -1,8 +1,8 @@
-"""The sum over paths and its gate, ``silu(z) * (y_1 + ... + y_K)``, in one pass, and their gradients in another.
+"""Sums over paths in one pass with what else is to be done to them.
 
 A gate that all paths share is none of the scan's business: each of its programs would read the gate, and their
-backward pass find y again for the gate's gradient, which is more work than this. y need not be kept for that either:
-it is in what was given out, so long as no gate is exactly zero.
+backward pass find y again for the gate's gradient, which is more work than these passes. y need not be kept for that
+either: it is in what was given out, so long as no gate is exactly zero.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .runtime import alignment, cdiv, dense, jit_without, launch, on_device, power_of_2, sigmoid
 
-_TILE = 4096  # numbers of a program
-_jit = jit_without(("rows", "parts_k", "z_l", "dy_l"))
+_TILE = 1024  # numbers of a program
+_jit = jit_without(("rows", "parts_k", "z_l", "dy_l", "beside_l"))
 
 
 @triton.jit
@@ -33,6 +33,15 @@ def _gate(base, at, ok):
     return z, sigmoid(z)
 
 
+@triton.jit
+def _sum(parts, parts_k, at, ok, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        here = tl.multiple_of(k * parts_k.to(tl.int64), ALIGN)
+        total += tl.load(parts + here + at, mask=ok, other=0.0).to(tl.float32)
+    return total
+
+
 @_jit
 def _gated_sum_kernel(
     parts, z, y, rows, dim, parts_k, z_l,
@@ -40,10 +49,7 @@ def _gated_sum_kernel(
 ):  # fmt: skip
     row, column, ok = _tile_at(rows, dim, ROWS, BLOCK)
     at = row * dim + column
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for k in tl.static_range(K):
-        here = tl.multiple_of(k * parts_k.to(tl.int64), ALIGN)
-        total += tl.load(parts + here + at, mask=ok, other=0.0).to(tl.float32)
+    total = _sum(parts, parts_k, at, ok, K, ROWS, BLOCK, ALIGN)
     zf, sig = _gate(z, row * tl.multiple_of(z_l.to(tl.int64), ALIGN) + column, ok)
     tl.store(y + at, (total * zf * sig).to(y.dtype.element_ty), mask=ok)
 
@@ -63,17 +69,29 @@ def _gated_sum_backward_kernel(
     tl.store(dz + at, (df * yf * (1.0 / zf + (1.0 - sig))).to(dz.dtype.element_ty), mask=ok)
 
 
+@_jit
+def _sum_beside_kernel(
+    parts, beside, out, rows, dim, parts_k, beside_l,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    row, column, ok = _tile_at(rows, dim, ROWS, BLOCK)
+    total = _sum(parts, parts_k, row * dim + column, ok, K, ROWS, BLOCK, ALIGN)
+    other = tl.load(beside + row * tl.multiple_of(beside_l.to(tl.int64), ALIGN) + column, mask=ok, other=0.0)
+    at = row * (2 * dim) + column
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=ok)
+    tl.store(out + at + dim, other.to(out.dtype.element_ty), mask=ok)
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """(batch, L, D) or (batch, L, 1, D) as (batch L, D): a view where batch and L have one step."""
     return dense(tensor.reshape(-1, tensor.shape[-1]))
 
 
-def _launch(kernel, tensors: dict[str, Tensor], strides: dict[str, int], **given) -> None:
-    rows, dim = tensors["z"].shape
+def _launch(kernel, rows: int, dim: int, tensors: dict[str, Tensor], strides: dict[str, int], **given) -> None:
     block = min(power_of_2(dim), 128)
     given |= dict(ROWS=max(_TILE // block, 1), BLOCK=block, ALIGN=alignment(dim, *strides.values()))
     if rows * dim > 0:
-        with on_device(tensors["z"]):
+        with on_device(next(iter(tensors.values()))):
             grid = cdiv(rows, given["ROWS"]), cdiv(dim, block)
             launch(kernel, grid, tensors | strides | dict(rows=rows, dim=dim) | given, 4)
 
@@ -83,7 +101,7 @@ def gated_sum(parts: Tensor, z: Tensor) -> Tensor:
     batch, length, _, dim = parts.shape
     y, z_rows = parts.new_empty(batch, length, dim), _rows(z)
     strides = dict(parts_k=parts.stride(2), z_l=z_rows.stride(0))
-    _launch(_gated_sum_kernel, dict(parts=parts, z=z_rows, y=y), strides, K=parts.shape[2])
+    _launch(_gated_sum_kernel, *z_rows.shape, dict(parts=parts, z=z_rows, y=y), strides, K=parts.shape[2])
     return y
 
 
@@ -92,5 +110,19 @@ def gated_sum_backward(dy: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor
     dsum, dz = y.new_empty(y.shape), z.new_empty(z.shape)
     dy_rows, z_rows = _rows(dy), _rows(z)
     strides = dict(dy_l=dy_rows.stride(0), z_l=z_rows.stride(0))
-    _launch(_gated_sum_backward_kernel, dict(dy=dy_rows, y=y.contiguous(), z=z_rows, dsum=dsum, dz=dz), strides)
+    _launch(
+        _gated_sum_backward_kernel,
+        *z_rows.shape,
+        dict(dy=dy_rows, y=y.contiguous(), z=z_rows, dsum=dsum, dz=dz),
+        strides,
+    )
     return dsum, dz
+
+
+def sum_beside(parts: Tensor, beside: Tensor) -> Tensor:
+    """The sum of (batch, L, K, D) by ``runtime.new_by_path``, and (batch, L, D) behind it -> (batch, L, 2 D)."""
+    batch, length, num_paths, dim = parts.shape
+    out, rows = parts.new_empty(batch, length, 2 * dim), _rows(beside)
+    strides = dict(parts_k=parts.stride(2), beside_l=rows.stride(0))
+    _launch(_sum_beside_kernel, *rows.shape, dict(parts=parts, beside=rows, out=out), strides, K=num_paths)
+    return out
