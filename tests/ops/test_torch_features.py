@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.conftest import assert_close
 from tests.ops.backends import DEVICE, TRITON, device_of, needs_gpu, record_scans
 from vision_mamba.ops import add_norm, causal_conv1d, selective_scan
+from vision_mamba.ops.backend import load_backend
 from vision_mamba.ops.selective_scan import keep_scans
 
 BACKENDS = ["cpu", TRITON]
@@ -90,6 +91,8 @@ def test_opcheck_of_the_scan(backend, merge, dtype):
     y, last_state, states = torch.ops.vision_mamba.selective_scan(*plain)
     backward = (torch.ones_like(y), torch.ones_like(last_state), states, *plain[:12], backend)
     torch.library.opcheck(torch.ops.vision_mamba.selective_scan_backward, backward)
+    if load_backend(backend).wants_output(plain[0], plain[1], plain[6], merge):
+        torch.library.opcheck(torch.ops.vision_mamba.selective_scan_backward, (*backward, y))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

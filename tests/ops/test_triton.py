@@ -631,6 +631,10 @@ def test_convolution_of_half_is_that_of_a_chunk(dim, paths, dtype):
     (grad,) = torch.autograd.grad(rest.float().sum(), whole)
     assert torch.equal(grad[..., :dim], torch.zeros_like(grad[..., :dim]))
     assert torch.equal(grad[..., dim:], torch.ones_like(grad[..., dim:]))
+    y, rest = causal_conv1d_of_half(whole, weight, bias, paths=table, backend="triton")
+    (grad,) = torch.autograd.grad(y.float().sum() + rest.float().sum(), whole, create_graph=True)
+    with pytest.raises(RuntimeError, match="causal_conv1d has no second derivative"):
+        grad.float().square().sum().backward()
 
 
 @kernels
