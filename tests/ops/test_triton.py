@@ -598,8 +598,7 @@ def check_convolution(length, dim, paths, width, silu, dtype) -> None:
 
 @kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("paths", [None, 1, 2, 3])
-@pytest.mark.parametrize("dim", [20, 130])
+@pytest.mark.parametrize(("dim", "paths"), [(20, None), (20, 1), (130, 2), (20, 3)])
 def test_convolution_of_half_is_that_of_a_chunk(dim, paths, dtype):
     """And the gradient of the whole is one tensor, that of the other half behind that of the first one."""
     length = 7 if INTERPRETED else 197

@@ -10,6 +10,7 @@ from torch import Tensor
 from .runtime import (
     OPTIONS,
     alignment,
+    as_rows,
     cdiv,
     check_dtypes,
     jit_without,
@@ -93,14 +94,6 @@ def _norm_backward_kernel(
         tl.store(dbias + pid * dim + c, tl.sum(of_bias, axis=0), mask=c_ok)
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """(..., D) as (rows, D) with a dense last axis: a view where the leading axes have one step."""
-    if tensor is None:
-        return None
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 def _tile(dim: int, numbers: int) -> tuple[dict[str, int], int]:
     """Compile-time sizes by the number of channels alone, and the number of warps: 16 numbers a lane."""
     block = power_of_2(dim)
@@ -116,7 +109,7 @@ def add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype, dtype)
     normed = x.new_empty(x.shape, dtype=dtype)
     total = None if residual_dtype is None else x.new_empty(x.shape, dtype=residual_dtype)
     check_dtypes(x=x, residual=residual, weight=weight, bias=bias, dtype=normed, residual_dtype=total)
-    rows_x, rows_residual = _rows(x), _rows(residual)
+    rows_x, rows_residual = as_rows(x), None if residual is None else as_rows(residual)
     dim = x.shape[-1]
     strides = _strides(x=rows_x, residual=rows_residual)
     tile, warps = _tile(dim, _TILE)
@@ -133,7 +126,7 @@ def add_norm_forward(x, residual, weight, bias, eps, rms, residual_dtype, dtype)
 def add_norm_backward(dnormed, dsum, total, weight, bias, eps, rms, dtypes):
     """The gradient of the sum in each of ``dtypes`` (one or two); those of weight and bias (None without a bias)."""
     check_dtypes(dnormed=dnormed, dsum=dsum, total=total, weight=weight)
-    rows_dnormed, rows_dsum = _rows(dnormed), _rows(dsum)
+    rows_dnormed, rows_dsum = as_rows(dnormed), None if dsum is None else as_rows(dsum)
     rows, dim = rows_dnormed.shape
     strides = _strides(dnormed=rows_dnormed, dsum=rows_dsum)
     tile, warps = _tile(dim, _TILE // 2)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import alignment, cdiv, dense, jit_without, launch, on_device, power_of_2, sigmoid
+from .runtime import alignment, as_rows, cdiv, jit_without, launch, on_device, power_of_2, sigmoid
 
 _TILE = 1024  # numbers of a program
 _jit = jit_without(("rows", "parts_k", "z_l", "dy_l", "beside_l"))
@@ -82,11 +82,6 @@ def _sum_beside_kernel(
     tl.store(out + at + dim, other.to(out.dtype.element_ty), mask=ok)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(batch, L, D) or (batch, L, 1, D) as (batch L, D): a view where batch and L have one step."""
-    return dense(tensor.reshape(-1, tensor.shape[-1]))
-
-
 def _launch(kernel, rows: int, dim: int, tensors: dict[str, Tensor], strides: dict[str, int], **given) -> None:
     block = min(power_of_2(dim), 128)
     given |= dict(ROWS=max(_TILE // block, 1), BLOCK=block, ALIGN=alignment(dim, *strides.values()))
@@ -99,7 +94,7 @@ def _launch(kernel, rows: int, dim: int, tensors: dict[str, Tensor], strides: di
 def gated_sum(parts: Tensor, z: Tensor) -> Tensor:
     """Parts (batch, L, K, D) by ``runtime.new_by_path``, and gates (batch, L, 1, D) -> (batch, L, D)."""
     batch, length, _, dim = parts.shape
-    y, z_rows = parts.new_empty(batch, length, dim), _rows(z)
+    y, z_rows = parts.new_empty(batch, length, dim), as_rows(z)
     strides = dict(parts_k=parts.stride(2), z_l=z_rows.stride(0))
     _launch(_gated_sum_kernel, *z_rows.shape, dict(parts=parts, z=z_rows, y=y), strides, K=parts.shape[2])
     return y
@@ -108,7 +103,7 @@ def gated_sum(parts: Tensor, z: Tensor) -> Tensor:
 def gated_sum_backward(dy: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of each part of the sum, in the dtype of ``y``, and of z, by what :func:`gated_sum` returned."""
     dsum, dz = y.new_empty(y.shape), z.new_empty(z.shape)
-    dy_rows, z_rows = _rows(dy), _rows(z)
+    dy_rows, z_rows = as_rows(dy), as_rows(z)
     strides = dict(dy_l=dy_rows.stride(0), z_l=z_rows.stride(0))
     _launch(
         _gated_sum_backward_kernel,
@@ -122,7 +117,7 @@ def gated_sum_backward(dy: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor
 def sum_beside(parts: Tensor, beside: Tensor) -> Tensor:
     """The sum of (batch, L, K, D) by ``runtime.new_by_path``, and (batch, L, D) behind it -> (batch, L, 2 D)."""
     batch, length, num_paths, dim = parts.shape
-    out, rows = parts.new_empty(batch, length, 2 * dim), _rows(beside)
+    out, rows = parts.new_empty(batch, length, 2 * dim), as_rows(beside)
     strides = dict(parts_k=parts.stride(2), beside_l=rows.stride(0))
     _launch(_sum_beside_kernel, *rows.shape, dict(parts=parts, beside=rows, out=out), strides, K=num_paths)
     return out

@@ -156,6 +156,11 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """(..., D) as (rows, D) with a dense last axis: a view where the leading axes have one step."""
+    return dense(tensor.reshape(-1, tensor.shape[-1]))
+
+
 def alignment(*strides: int) -> int:
     """The largest power of two up to 16 that divides all strides.
 
