@@ -351,18 +351,17 @@ def test_gradient_of_the_step_sizes_over_them(kernel, monkeypatch):
 @kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gates", ["zero", "tiny", "large"])
-def test_gates_that_leave_nothing(gates, dtype, monkeypatch):
+def test_gates_that_leave_nothing(gates, dtype):
     """The gate's gradient comes from what was gated, of which the output shows nothing at such gates."""
     case = Case(9, dim=20, num_paths=2, merge="sum", batch=2, dtype=dtype)
     given = inputs(case, DEVICE)
     z = given["z"].clone()
-    z[:, ::2] = {"zero": 0.0, "tiny": 1e-30, "large": -60.0}[gates] * torch.ones_like(z[:, ::2]).abs()
+    z[:, ::2] = {"zero": 0.0, "tiny": 1e-30, "large": -60.0}[gates]
     given["z"] = z
     ours, reference = results(case, given, "triton"), results(case, given, "reference")
     assert_near(ours, reference, TOLERANCE[dtype])
-    if gates != "large":  # there silu'(z) is a half, however small z is
-        half = {name: found["dz"][:, ::2].double() for name, found in (("ours", ours), ("reference", reference))}
-        assert_near({"dz": half["ours"]}, {"dz": half["reference"]}, TOLERANCE[dtype])
+    if gates != "large":  # where z is small, its slope is a half all the same
+        assert_near({"dz": ours["dz"][:, ::2]}, {"dz": reference["dz"][:, ::2]}, TOLERANCE[dtype])
 
 
 @kernels
@@ -422,13 +421,16 @@ def test_warps_and_spans_where_programs_are_few(monkeypatch):
         assert plan.programs == programs * plan.num_spans
         backward[batch, length] = plan.num_spans
     assert forward == {
-        (192, 785): (1, 32, 8, 1), (128, 197): (1, 32, 8, 1), (96, 197): (4, 32, 16, 1), (32, 785): (4, 32, 32, 1), (64, 1025): (4, 32, 32, 1),
+        (192, 785): (1, 32, 8, 1), (128, 197): (1, 32, 8, 1),
+        (96, 197): (4, 32, 16, 1), (32, 785): (4, 32, 32, 1), (64, 1025): (4, 32, 32, 1),
         (16, 2048): (4, 16, 32, 1), (8, 6085): (4, 16, 32, 1), (4, 6085): (4, 32, 32, 8), (1, 65536): (4, 32, 32, 44),
-        (1, 6085): (4, 32, 32, 32), (1, 785): (4, 32, 32, 9), (1, 577): (4, 32, 32, 10), (4, 577): (4, 16, 32, 1), (1, 197): (4, 16, 32, 1),
+        (1, 6085): (4, 32, 32, 32), (1, 785): (4, 32, 32, 9), (1, 577): (4, 32, 32, 10), (4, 577): (4, 16, 32, 1),
+        (1, 197): (4, 16, 32, 1),
     }  # fmt: skip
     # Of 1,056 programs that the device holds: a wave, two, or as many as there are without spans.
     assert backward == {
-        (192, 785): 1, (128, 197): 1, (96, 197): 1, (32, 785): 5, (64, 1025): 1, (16, 2048): 11, (8, 6085): 11, (4, 6085): 22,
+        (192, 785): 1, (128, 197): 1, (96, 197): 1, (32, 785): 5, (64, 1025): 1, (16, 2048): 11, (8, 6085): 11,
+        (4, 6085): 22,
         (1, 65536): 171, (1, 6085): 77, (1, 785): 10, (1, 577): 8, (4, 577): 8, (1, 197): 3,
     }  # fmt: skip
 

@@ -68,6 +68,16 @@ def causal_conv1d_of_half(
 
     As tokens and gate come out of a mixer's input projection. A ``chunk`` would do, but its backward pass copies the
     gradients of both halves to where the projection's reads them; here they are written there.
+
+    Args:
+        projected: tokens and what is handed through, (batch, L, 2 D).
+        weight, bias, activation, paths, backend: as of :func:`causal_conv1d`.
+
+    Returns:
+        What :func:`causal_conv1d` gives for the first half, and the second half (batch, L, D), a view.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`causal_conv1d`.
     """
     x, rest = projected.chunk(2, dim=-1)
     tensors = projected, weight, bias

@@ -76,7 +76,8 @@ def selective_scan(
     Returns:
         y in the dtype of ``u``: (batch, L, K, D); (batch, L, D) with ``merge="sum"`` or where neither
         ``delta`` nor ``paths`` has a K axis. With ``return_last_state``, also the last state in float32
-        (float64 for float64 inputs), (batch, K, D, N) or (batch, D, N).
+        (float64 for float64 inputs), (batch, K, D, N) or (batch, D, N). The backward pass may read y: until then
+        it is not to be changed in place, which autograd reports.
 
     Raises:
         ValueError: shapes that do not fit together, a path that is no permutation, an unknown name.

@@ -14,6 +14,7 @@ from torch import Tensor
 from .runtime import alignment, as_rows, cdiv, jit_without, launch, on_device, power_of_2, sigmoid
 
 _TILE = 1024  # numbers of a program
+_LEAST_GATE = tl.constexpr(2.0**-60)
 _jit = jit_without(("rows", "parts_k", "z_l", "dy_l", "beside_l"))
 
 
@@ -27,9 +28,9 @@ def _tile_at(rows, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gate(base, at, ok):
-    """z and its sigmoid. Gates nearer to zero than 2^-60 are that: no result shows it, but y can be found from it."""
+    """z and its sigmoid. Gates nearer to zero than the least are that: no result shows it, but y is found from it."""
     z = tl.load(base + at, mask=ok, other=0.0).to(tl.float32)
-    z = tl.where(tl.abs(z) < 8.673617379884035e-19, 8.673617379884035e-19, z)
+    z = tl.where(tl.abs(z) < _LEAST_GATE, _LEAST_GATE, z)
     return z, sigmoid(z)
 
 

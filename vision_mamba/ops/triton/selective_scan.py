@@ -747,9 +747,9 @@ def _gluon_spans(programs: int, length: int, processors: int, backward: bool) ->
 
     def cost(spans: int) -> float:
         steps, spans = _span_steps(length, spans, 16 if backward else 32)
-        if not backward and spans == 1:
-            return length * (0.31 * cdiv(2 * programs, processors) + 0.25)
         if not backward:
+            if spans == 1:
+                return length * (0.31 * cdiv(2 * programs, processors) + 0.25)
             together = cdiv(programs * spans, processors)
             return (steps + 16) * max(together + 0.1, 0.55 * together + 1.2) + 5 * spans
         waves, rest = divmod(programs * spans / (processors * _BACKWARD_RESIDENT), 1)
@@ -996,8 +996,8 @@ def selective_scan_forward(
         WARPS=config.warps,
     )  # fmt: skip
     launches: list[tuple] = []
+    kernels = _kernels(config.gluon)
     if plan.num_spans > 1 and plan.programs > 0:
-        kernels = _kernels(config.gluon)
         first, changes = _span_changes(plan, kernels.span_forward, given | {"y": None}, x, config)
         launches = [first]
         if config.gluon:
@@ -1007,7 +1007,7 @@ def selective_scan_forward(
             launches.append(linked)
             given |= {"initial": changes["change"], **strides}
     if plan.programs > 0:
-        launches.append((_kernels(config.gluon).forward, (plan.programs,), given, config.warps, config.registers))
+        launches.append((kernels.forward, (plan.programs,), given, config.warps, config.registers))
     with on_device(u):
         _launch(launches, plan, u.device)
     if merge:
@@ -1131,13 +1131,14 @@ def selective_scan_backward(
         LOOP_PATHS=plan.loop_paths, ADD_DU=add_du, ADD_DZ=add_dz,
     )  # fmt: skip
     launches: list[tuple] = []
+    kernels = _kernels(config.gluon)
     if plan.num_spans > 1 and plan.programs > 0:
-        first, changes = _span_changes(plan, _kernels(config.gluon).span_backward, given, x, config)
+        first, changes = _span_changes(plan, kernels.span_backward, given, x, config)
         linked, strides = _link(plan, given, changes, dlast, reverse=True)
         launches = [first, linked]
         given |= {"dlast": changes["change"], **strides}
     if plan.programs > 0:
-        launches.append((_kernels(config.gluon).backward, (plan.programs,), given, config.warps, config.registers))
+        launches.append((kernels.backward, (plan.programs,), given, config.warps, config.registers))
     if num_paths * dim > 0:
         launches.append(_add_partials(partial_A, partial_B, partial_C, partial_D, partial_bias, sums))
     with on_device(u):
