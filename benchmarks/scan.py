@@ -53,6 +53,7 @@ ROWS = [
     (1, 384, 65536, 16, 1),
     (128, 96, 3136, 1, 4),
     (128, 192, 784, 1, 4),
+    (16, 256, 4096, 64, 1),  # Samba's second level at 512 pixels
 ]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 1e-3}
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -88,8 +89,10 @@ def forward(x, merge, save_states):
     return kernels.selective_scan_forward(*x.values(), None, True, merge, save_states)
 
 
-def backward(x, merge, borders, dy):
-    return kernels.selective_scan_backward(dy, None, borders, *x.values(), None, True, merge)
+def backward(x, merge, borders, dy, y):
+    """With the output where autograd would give it."""
+    y = y if kernels.wants_output(x["u"], x["delta"], x["A"], x["z"], merge) else None
+    return kernels.selective_scan_backward(dy, None, borders, *x.values(), None, True, merge, y)
 
 
 class Check:
@@ -245,7 +248,7 @@ def measure(row, dtype_name: str, bandwidth: float, exponentials: float, repeats
     torch.cuda.synchronize()
     halfway = time.perf_counter()
     dy = torch.randn_like(y)
-    grads = [grad for grad in backward(x, merge, borders, dy) if grad is not None]
+    grads = [grad for grad in backward(x, merge, borders, dy, y) if grad is not None]
     torch.cuda.synchronize()
     result = {
         "B": batch, "D": dim, "L": length, "N": states, "K": paths, "dtype": dtype_name,
@@ -253,13 +256,13 @@ def measure(row, dtype_name: str, bandwidth: float, exponentials: float, repeats
         "compilations": compilations() - compiled,
     }  # fmt: skip
     check = Check(x, merge, dy)
-    result["rel_err"] = check.error(y, backward(x, merge, borders, check.dy))
+    result["rel_err"] = check.error(y, backward(x, merge, borders, check.dy, y))
     del check
     if not result["rel_err"] <= TOLERANCE[dtype_name]:
         return result
 
     def train_backward():
-        return [grad for grad in backward(x, merge, borders, dy) if grad is not None]
+        return [grad for grad in backward(x, merge, borders, dy, y) if grad is not None]
 
     inputs = size(*x.values())
     elements = batch * dim * length * states * paths
@@ -337,7 +340,8 @@ def launches(row, dtype_name: str, direction: str, config, sms: int, compile: bo
             forward(x, paths > 1, True)
         else:
             dy = torch.empty((batch, length, dim) if paths > 1 else x["delta"].shape, dtype=x["u"].dtype, device="meta")
-            backward(x, paths > 1, kernels.new_states(x["u"], x["delta"], x["B"], states, True), dy)
+            borders = kernels.new_states(x["u"], x["delta"], x["B"], states, True)
+            backward(x, paths > 1, borders, dy, torch.empty_like(dy))
     return found
 
 
@@ -378,8 +382,10 @@ def portable_candidates(default, states: int, direction: str) -> list:
 def candidates(row, dtype_name: str, direction: str, sms: int) -> list:
     """The default first, then what fits in registers; of those with equal launches only one."""
     states = row[3]
-    if kernels._uses_gluon(states, torch.device("meta")):
-        programs = row[0] * row[4] * triton.cdiv(row[1], 32)
+    shares = kernels._shares(states, row[4], torch.device("meta"))
+    if kernels._uses_gluon(states // shares, torch.device("meta")):
+        states //= shares
+        programs = row[0] * row[4] * shares * triton.cdiv(row[1], 32)
         choose = getattr(kernels, f"_gluon_{direction}_config")
         of_device = {"_wanted_programs": _wanted_programs(sms), "multiprocessors": lambda device: sms}
         with mock.patch.multiple(kernels, **of_device):
@@ -428,13 +434,13 @@ def tune(pool, row, dtype_name: str, direction: str, repeats: int) -> None:
         for line in lines:
             with configured(direction, line["config"]):
                 y, _, borders = forward(x, merge, True)
-                line["rel_err"] = check.error(y, backward(x, merge, borders, check.dy))
+                line["rel_err"] = check.error(y, backward(x, merge, borders, check.dy, y))
                 line["ms"] = math.inf
                 if line["rel_err"] <= TOLERANCE[dtype_name]:
                     line["ms"] = milliseconds(
                         (lambda: forward(x, merge, True))
                         if direction == "forward"
-                        else (lambda borders=borders: backward(x, merge, borders, dy)),
+                        else (lambda borders=borders, y=y: backward(x, merge, borders, dy, y)),
                         repeats,
                     )
         default = lines[0]

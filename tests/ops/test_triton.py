@@ -224,6 +224,12 @@ GLUON = [
     Case(150, 50, 16, 2, broadcast=True, merge="sum", programs=40),
     Case(150, 50, 16, 2, merge="sum", dtype=torch.bfloat16, programs=60),
     Case(150, 50, 16, 2, merge="sum", dtype=torch.float16),
+    # More states than the kernels hold, shared out among scans that are added: of 16, 12, 10.
+    Case(150, 50, 32, 1, merge="sum", programs=100),
+    Case(150, 48, 24, 1, groups=3, z="each", softplus=False, parameters=False),
+    Case(150, 50, 20, 1, z="none", u_shared=False, broadcast=True),
+    Case(150, 50, 64, 1, dtype=torch.bfloat16),
+    Case(150, 50, 32, 1, dtype=torch.float16),
 ]
 
 
@@ -240,12 +246,18 @@ def test_gluon_scan_agrees_with_the_reference(case, block, monkeypatch):
         # More than one saved state (two spans where they are cut), and channels that fill no block.
         length, dim = min(case.length, 33 if case.programs else 17), min(case.dim, 18)
         case = dataclasses.replace(case, length=length, dim=dim, batch=1)
-    config = module._gluon_forward_config(case.num_states, torch.device("meta"), 10**6, case.length)
+    states = case.num_states // module._shares(case.num_states, case.num_paths, torch.device(DEVICE))
+    config = module._gluon_forward_config(states, torch.device("meta"), 10**6, case.length)
     config = config._replace(block=block, spans=spans_of(case.programs or 1, case.length))
     monkeypatch.setattr(module, "_gluon_forward_config", lambda *given: config)
     launched = record_launches(module, monkeypatch)
     check_scan(case, monkeypatch)
     assert {"scan_forward_kernel", "scan_backward_kernel"} <= {name for name, *_ in launched}
+    if states < case.num_states:  # without gradients the parts of the sum are rounded
+        given = inputs(case, DEVICE)
+        options = dict(delta_softplus=case.softplus, merge=case.merge)
+        y = selective_scan(**given, **options, backend="triton")
+        assert_near({"y": y}, {"y": results(case, given, "reference")["y"]}, TOLERANCE[case.dtype])
 
 
 @kernels
@@ -521,7 +533,7 @@ def test_scan_inputs_in_one_kernel(images, length, dim, rank, states, paths, dty
     x = torch.randn(images, length, paths, dim, generator=generator).to(dtype)
     weight = (torch.randn(paths, rank + 2 * states, dim, generator=generator) / dim**0.5).to(dtype)
     step_weight = (torch.randn(paths, rank, dim, generator=generator) / rank**0.5).to(dtype)
-    rows, steps = _input_rows(weight, states, True), block_diagonal(step_weight)
+    rows, steps = _input_rows(weight, states, rank, own_tokens=True), block_diagonal(step_weight)
     found = scan_inputs(x.to(DEVICE), rows.to(DEVICE), steps.to(DEVICE))
     for k in range(paths):
         product = x[:, :, k].double() @ weight[k].double().T

@@ -2,12 +2,14 @@
 
 from .add_norm import add_norm_backward, add_norm_forward
 from .causal_conv1d import causal_conv1d_backward, causal_conv1d_forward
+from .path_sums import add_over_tokens, weighted_sum, weighted_sum_backward
 from .scan_inputs import scan_inputs
 from .selective_scan import new_states, selective_scan_backward, selective_scan_forward, wants_output
 
 __all__ = [
     "add_norm_backward",
     "add_norm_forward",
+    "add_over_tokens",
     "causal_conv1d_backward",
     "causal_conv1d_forward",
     "new_states",
@@ -15,4 +17,6 @@ __all__ = [
     "selective_scan_backward",
     "selective_scan_forward",
     "wants_output",
+    "weighted_sum",
+    "weighted_sum_backward",
 ]

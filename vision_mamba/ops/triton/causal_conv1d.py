@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .path_sums import sum_beside
+from .path_sums import sum_beside, sum_of_paths
 from .runtime import (
     alignment,
     cdiv,
@@ -27,7 +27,6 @@ from .runtime import (
     offset_type,
     on_device,
     sigmoid,
-    sum_of_paths,
     visited,
 )
 

@@ -7,15 +7,16 @@ either: it is in what was given out, so long as no gate is exactly zero.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import alignment, as_rows, cdiv, jit_without, launch, on_device, power_of_2, sigmoid
+from .runtime import alignment, as_rows, cdiv, check_dtypes, jit_without, launch, on_device, power_of_2, sigmoid
 
 _TILE = 1024  # numbers of a program
 _LEAST_GATE = tl.constexpr(2.0**-60)
-_jit = jit_without(("rows", "parts_k", "z_l", "dy_l", "beside_l"))
+_jit = jit_without(("rows", "parts_l", "parts_k", "z_l", "dy_l", "beside_l", "length"))
 
 
 @triton.jit
@@ -41,6 +42,16 @@ def _sum(parts, parts_k, at, ok, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.
         here = tl.multiple_of(k * parts_k.to(tl.int64), ALIGN)
         total += tl.load(parts + here + at, mask=ok, other=0.0).to(tl.float32)
     return total
+
+
+@_jit
+def _path_sum_kernel(
+    parts, y, rows, dim, parts_l, parts_k, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr
+):
+    row, column, ok = _tile_at(rows, dim, ROWS, BLOCK)
+    at = row * tl.multiple_of(parts_l.to(tl.int64), ALIGN) + column
+    total = _sum(parts, parts_k, at, ok, K, ROWS, BLOCK, ALIGN)
+    tl.store(y + row * dim + column, total.to(y.dtype.element_ty), mask=ok)
 
 
 @_jit
@@ -83,6 +94,53 @@ def _sum_beside_kernel(
     tl.store(out + at + dim, other.to(out.dtype.element_ty), mask=ok)
 
 
+@triton.jit
+def _tile_of_image(length, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Image, the row of [ROWS, BLOCK] among the tokens of all images, column, and which of them exist."""
+    tiles = tl.cdiv(length, ROWS)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    token = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = (token < length)[:, None] & (column < dim)[None, :]
+    return image, (image * length + token)[:, None], column[None, :], ok
+
+
+@_jit
+def _weighted_sum_kernel(y, weights, out, length, dim, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    image, row, column, ok = _tile_of_image(length, dim, ROWS, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        at = row * (K * dim) + k * dim + column
+        weight = tl.load(weights + image * K + k).to(tl.float32)
+        total += tl.load(y + at, mask=ok, other=0.0).to(tl.float32) * weight
+    tl.store(out + row * dim + column, total.to(out.dtype.element_ty), mask=ok)
+
+
+@_jit
+def _weighted_sum_backward_kernel(
+    dout, y, weights, dy, dweights, length, dim, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``dweights`` is (programs, K): one part a program, in an order that the shape alone decides."""
+    image, row, column, ok = _tile_of_image(length, dim, ROWS, BLOCK)
+    df = tl.load(dout + row * dim + column, mask=ok, other=0.0).to(tl.float32)
+    part = dweights + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * K
+    for k in tl.static_range(K):
+        at = row * (K * dim) + k * dim + column
+        weight = tl.load(weights + image * K + k).to(tl.float32)
+        yf = tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
+        tl.store(dy + at, (df * weight).to(dy.dtype.element_ty), mask=ok)
+        tl.store(part + k, tl.sum(tl.sum(df * yf, axis=1), axis=0))
+
+
+@_jit
+def _add_over_tokens_kernel(x, means, length, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    image, row, column, ok = _tile_of_image(length, dim, ROWS, BLOCK)
+    mean = tl.load(means + image * dim + column, mask=column < dim, other=0.0).to(tl.float32) / length
+    at = row * dim + column
+    total = tl.load(x + at, mask=ok, other=0.0).to(tl.float32) + mean
+    tl.store(x + at, total.to(x.dtype.element_ty), mask=ok)
+
+
 def _launch(kernel, rows: int, dim: int, tensors: dict[str, Tensor], strides: dict[str, int], **given) -> None:
     block = min(power_of_2(dim), 128)
     given |= dict(ROWS=max(_TILE // block, 1), BLOCK=block, ALIGN=alignment(dim, *strides.values()))
@@ -92,10 +150,22 @@ def _launch(kernel, rows: int, dim: int, tensors: dict[str, Tensor], strides: di
             launch(kernel, grid, tensors | strides | dict(rows=rows, dim=dim) | given, 4)
 
 
-def gated_sum(parts: Tensor, z: Tensor) -> Tensor:
-    """Parts (batch, L, K, D) by ``runtime.new_by_path``, and gates (batch, L, 1, D) -> (batch, L, D)."""
+def sum_of_paths(parts: Tensor) -> Tensor:
+    """Sum in float32 over the paths of (batch, L, K, D), all paths dense or each, as ``runtime.new_by_path`` gives."""
+    batch, length, num_paths, dim = parts.shape
+    if num_paths <= 2:  # PyTorch's sum of two is as fast
+        first, *others = parts.unbind(2)
+        return first + others[0] if others else first
+    y = parts.new_empty(batch, length, dim)
+    strides = dict(parts_l=parts.stride(1), parts_k=parts.stride(2))
+    _launch(_path_sum_kernel, batch * length, dim, dict(parts=parts, y=y), strides, K=num_paths)
+    return y
+
+
+def gated_sum(parts: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Parts (batch, L, K, D) by ``runtime.new_by_path``, and gates (batch, L, 1, D) -> (batch, L, D) in ``dtype``."""
     batch, length, _, dim = parts.shape
-    y, z_rows = parts.new_empty(batch, length, dim), as_rows(z)
+    y, z_rows = parts.new_empty(batch, length, dim, dtype=dtype), as_rows(z)
     strides = dict(parts_k=parts.stride(2), z_l=z_rows.stride(0))
     _launch(_gated_sum_kernel, *z_rows.shape, dict(parts=parts, z=z_rows, y=y), strides, K=parts.shape[2])
     return y
@@ -122,3 +192,51 @@ def sum_beside(parts: Tensor, beside: Tensor) -> Tensor:
     strides = dict(parts_k=parts.stride(2), beside_l=rows.stride(0))
     _launch(_sum_beside_kernel, *rows.shape, dict(parts=parts, beside=rows, out=out), strides, K=num_paths)
     return out
+
+
+def _tiles(batch: int, length: int, dim: int) -> tuple[tuple[int, int], dict]:
+    """Programs, and their tiles, over the tokens of each image."""
+    block = min(power_of_2(dim), 128)
+    rows = max(2 * _TILE // block, 1)
+    sizes = dict(length=length, dim=dim, ROWS=rows, BLOCK=block)
+    return (batch * cdiv(length, rows), cdiv(dim, block)), sizes
+
+
+def weighted_sum(y: Tensor, weights: Tensor) -> Tensor:
+    """``sum_k weights[b, k] * y[b, l, k, d]``: (batch, L, K, D) and (batch, K) -> (batch, L, D)."""
+    check_dtypes(y=y, weights=weights)
+    batch, length, num_paths, dim = y.shape
+    grid, sizes = _tiles(batch, length, dim)
+    out = y.new_empty(batch, length, dim)
+    if y.numel() > 0:
+        with on_device(y):
+            given = dict(y=y.contiguous(), weights=weights.contiguous(), out=out, K=num_paths)
+            launch(_weighted_sum_kernel, grid, given | sizes, 4)
+    return out
+
+
+def weighted_sum_backward(dout: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of what :func:`weighted_sum` was given."""
+    check_dtypes(dout=dout)
+    batch, length, num_paths, dim = y.shape
+    grid, sizes = _tiles(batch, length, dim)
+    dy = y.new_empty(y.shape)
+    parts = y.new_empty(*grid, num_paths, dtype=torch.float32)
+    if y.numel() > 0:
+        with on_device(y):
+            given = dict(dout=dout.contiguous(), y=y.contiguous(), weights=weights.contiguous(), dy=dy, dweights=parts)
+            launch(_weighted_sum_backward_kernel, grid, given | sizes | dict(K=num_paths), 4)
+    return dy, parts.view(batch, -1, num_paths).sum(1).to(weights.dtype)
+
+
+def add_over_tokens(x: Tensor, means: Tensor) -> Tensor:
+    """``x + means / L`` over the tokens, in place where ``x`` is dense: (batch, L, K, D) and (batch, K, D)."""
+    check_dtypes(x=x, means=means)
+    batch, length, num_paths, dim = x.shape
+    dim *= num_paths
+    x, means = x.contiguous(), means.contiguous()
+    grid, sizes = _tiles(batch, length, dim)
+    if x.numel() > 0:
+        with on_device(x):
+            launch(_add_over_tokens_kernel, grid, dict(x=x, means=means) | sizes, 4)
+    return x

@@ -16,10 +16,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 from triton.runtime.jit import JITFunction
 
 from ..selective_scan import step_sizes
-from .path_sums import gated_sum, gated_sum_backward
+from .path_sums import gated_sum, gated_sum_backward, sum_of_paths
 from .runtime import (
     HAS_GLUON,
     LOG2E,
@@ -42,7 +43,6 @@ from .runtime import (
     softplus,
     step_of,
     store_rows,
-    sum_of_paths,
     visited,
 )
 
@@ -784,6 +784,46 @@ def _chunk(num_states: int) -> int:
     return config.steps * config.tiles
 
 
+def _shares(num_states: int, num_paths: int, device: torch.device) -> int:
+    """Among how many scans of the Gluon kernels a lone path's states are shared out, which are more than these hold.
+
+    States know nothing of each other, so such scans read the same tokens, and what they give is added: as paths that
+    are walked alike. It takes about half the time of the portable kernels (benchmarks/README.md).
+    """
+    if num_paths == 1 and not _in_gluon(num_states):
+        for shares in range(2, num_states):
+            if num_states % shares == 0 and _uses_gluon(num_states // shares, device):
+                return shares
+    return 1
+
+
+def _shared_out(shares: int, delta, A, B, C, D, delta_bias, paths) -> tuple[Tensor | None, ...]:
+    """These arguments of a path as those of ``shares`` paths, to be added; views, but for D."""
+
+    def states(matrix: Tensor) -> Tensor:
+        return matrix.squeeze(2).unflatten(-1, (shares, -1)).transpose(2, 3)
+
+    return (
+        delta.expand(-1, -1, shares, -1),
+        _states_shared_out(A.unsqueeze(0), shares)[0],
+        states(B),
+        states(C),
+        None if D is None else F.pad(D, (0, 0, 0, shares - 1)),
+        None if delta_bias is None else delta_bias.expand(shares, -1),
+        paths.expand(shares, -1),
+    )
+
+
+def _states_shared_out(state: Tensor, shares: int) -> Tensor:
+    """(batch, 1, D, N) as (batch, shares, D, N / shares)."""
+    return state.squeeze(1).unflatten(-1, (shares, -1)).transpose(1, 2)
+
+
+def _states_together(state: Tensor) -> Tensor:
+    """The other way round."""
+    return state.transpose(1, 2).flatten(2).unsqueeze(1)
+
+
 def new_states(u: Tensor, delta: Tensor, B: Tensor, num_states: int, save: bool) -> Tensor:
     """For the border states (batch, chunks, K, numbers) of steps (batch, L, K, D); empty where none are saved.
 
@@ -792,6 +832,8 @@ def new_states(u: Tensor, delta: Tensor, B: Tensor, num_states: int, save: bool)
     (``scan_gluon.py``). Rounded to bfloat16, which has three bits fewer, small gradients of A were off by five percent.
     """
     batch, length, num_paths, dim = delta.shape
+    if (shares := _shares(num_states, num_paths, delta.device)) > 1:
+        num_paths, num_states = shares, num_states // shares
     numbers, dtype = num_states * dim, torch.float32
     if _uses_gluon(num_states, delta.device):
         numbers = power_of_2(num_states) * dim
@@ -803,13 +845,14 @@ def new_states(u: Tensor, delta: Tensor, B: Tensor, num_states: int, save: bool)
     return delta.new_empty((batch, chunks, num_paths, numbers) if save else (0, 0, 0, 0), dtype=dtype)
 
 
-def wants_output(u: Tensor, delta: Tensor, z: Tensor | None, merge: bool) -> bool:
+def wants_output(u: Tensor, delta: Tensor, A: Tensor, z: Tensor | None, merge: bool) -> bool:
     """Whether paths are added and gated in a pass of its own, whose result the backward pass then takes.
 
     Where they share the gate. Not in float16, in which a small gate would leave too little of what it gates.
     """
-    apart = merge and z is not None and z.shape[2] == 1 and delta.shape[2] > 1
-    return apart and u.dtype != torch.float16
+    num_paths, _, num_states = A.shape
+    added = num_paths if merge and num_paths > 1 else _shares(num_states, num_paths, u.device)
+    return added > 1 and z is not None and z.shape[2] == 1 and u.dtype != torch.float16
 
 
 def _wanted_programs(device: torch.device, config: _Config) -> int:
@@ -958,7 +1001,15 @@ def selective_scan_forward(
     else has or wants: a program reads those of a tile before it writes there, and no other program's.
     """
     delta = step_sizes(delta, delta_weight)
-    gate = z if wants_output(u, delta, z, merge) else None
+    if (shares := _shares(A.shape[-1], delta.shape[2], u.device)) > 1:
+        delta, A, B, C, D, delta_bias, paths = _shared_out(shares, delta, A, B, C, D, delta_bias, paths)
+        if initial_state is not None:
+            initial_state = _states_shared_out(initial_state, shares)
+        y, last_state, states = selective_scan_forward(
+            u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, True, save_states
+        )
+        return y if merge else y.unsqueeze(2), _states_together(last_state), states
+    gate = z if wants_output(u, delta, A, z, merge) else None
     if gate is not None:
         check_dtypes(z=gate)
         z = None
@@ -986,7 +1037,10 @@ def selective_scan_forward(
     initial = _state_rows(initial_state)
     last_state = u.new_empty(batch, num_paths, dim, num_states, dtype=torch.float32)
     states = new_states(u, delta, B, num_states, save_states)
-    y = delta if overwrite else new_by_path(u, batch, length, 1 if plan.loop_paths else num_paths, dim, merge)
+    # The gate's gradient is found from the rounded sum of many parts: not of rounded ones.
+    kept = torch.float32 if gate is not None and num_paths > 2 and save_states else u.dtype
+    parts = 1 if plan.loop_paths else num_paths
+    y = delta if overwrite else new_by_path(u, batch, length, parts, dim, merge, kept)
     given = dict(
         **x.tensors, **x.sizes, **x.strides, **_names("y", y, "blk"), **_names("h", initial, "bskn"),
         initial=initial, y=y, last_state=last_state, states=states, saves=int(save_states), change=None, total=None,
@@ -1011,7 +1065,7 @@ def selective_scan_forward(
     with on_device(u):
         _launch(launches, plan, u.device)
     if merge:
-        y = sum_of_paths(y) if gate is None else gated_sum(y, gate)
+        y = sum_of_paths(y) if gate is None else gated_sum(y, gate, u.dtype)
     return y, last_state, states
 
 
@@ -1061,6 +1115,11 @@ def selective_scan_backward(
     That of delta is written over step sizes that nobody else has or wants, as y is in the forward pass. ``y`` is the
     result of the forward pass, where its gate was apart.
     """
+    if (shares := _shares(A.shape[-1], delta.shape[2], u.device)) > 1:
+        return _backward_of_shares(
+            shares, dy if merge else dy.squeeze(2), dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths,
+            initial_state, delta_softplus, y,
+        )  # fmt: skip
     gate_gradient = None
     if y is not None:
         dy, gate_gradient = gated_sum_backward(dy, y, z)
@@ -1157,4 +1216,27 @@ def selective_scan_backward(
         summed(dz, z) if dz is not None else gate_gradient,
         sums["dbias"],
         dinitial.to(initial_state.dtype) if dinitial is not None else None,
+    )
+
+
+def _backward_of_shares(
+    shares, dy, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, y
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of a path whose states are shared out, (batch, L, D) of y."""
+    each = _shared_out(shares, delta, A, B, C, D, delta_bias, paths)
+    dlast, initial = (
+        None if state is None else _states_shared_out(state, shares) for state in (dlast_state, initial_state)
+    )
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = selective_scan_backward(
+        dy, dlast, states, u, *each[:5], z, *each[5:], initial, delta_softplus, True, y
+    )
+    return (
+        du,
+        sum_of_paths(ddelta).unsqueeze(2),
+        _states_together(dA.unsqueeze(0))[0],
+        *(grad.transpose(2, 3).flatten(3).unsqueeze(2) for grad in (dB, dC)),
+        None if dD is None else dD[:1],
+        dz,
+        None if dbias is None else dbias.sum(0, keepdim=True),
+        None if dinitial is None else _states_together(dinitial),
     )
