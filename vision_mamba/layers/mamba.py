@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -92,28 +93,54 @@ def scan_inputs(x: Tensor, weight: Tensor, d_state: int) -> tuple[Tensor, Tensor
 
     Args:
         x: tokens that all paths read, (batch, L, D), or (batch, L, K, D).
-        weight: (K, R + 2N, D).
+        weight: (K, R + 2N, D), or (1, R + 2N, D) for all paths.
         d_state: N.
 
     Returns:
-        ``x`` for the scan (:func:`shared_linear`), step sizes (batch, L, K, R), B and C (batch, L, K, N).
+        ``x`` for the scan (:func:`shared_linear`), step sizes (batch, L, K, R), B and C (batch, L, K, N). On a GPU
+        their rank may be larger, with zeros at the end: see :func:`step_weight`.
     """
     K, rank = len(weight), weight.shape[1] - 2 * d_state
+    if x.ndim == 4 and K == 1:  # what path a token is of does not matter
+        tokens, *parts = scan_inputs(x.flatten(1, 2), weight, d_state)
+        dt, B, C = (part.unflatten(1, x.shape[1:3]).squeeze(3) for part in parts)
+        return tokens.view_as(x), dt, B, C
     if x.ndim == 4 and x.device.type == "cpu":
         dt, B, C = path_products(x, weight).split((rank, d_state, d_state), dim=-1)
         return x, dt, B, C
-    shared, product = shared_linear(x.flatten(2), _input_rows(weight, d_state, x.ndim == 4))
+    rank = aligned_rank(rank, K, x.device)
+    shared, product = shared_linear(x.flatten(2), _input_rows(weight, d_state, rank, own_tokens=x.ndim == 4))
     parts = product.split((K * rank, K * d_state, K * d_state), dim=-1)
     dt, B, C = (part.unflatten(-1, (K, -1)) for part in parts)
     return shared.view_as(x), dt, B, C
 
 
-def _input_rows(weight: Tensor, d_state: int, own_tokens: bool) -> Tensor:
-    """(K, R + 2N, D) as one matrix (K (R + 2N), D); with K D columns where each path has tokens of its own.
+def aligned_rank(rank: int, num_paths: int, device: torch.device) -> int:
+    """On a GPU the rank with which the step sizes of all paths are a multiple of 8 numbers a token.
+
+    Rows that are not start where no wide word does: the products of 12 + 2 * 16 columns took twice as long as of 48.
+    """
+    if device.type == "cpu":
+        return rank
+    step = 8 // math.gcd(8, num_paths)
+    return -(-rank // step) * step
+
+
+def step_weight(weight: Tensor, dt: Tensor) -> Tensor:
+    """The step-size projection (..., D, R) for low-rank step sizes with zeros at the end, (..., R or more)."""
+    more = dt.shape[-1] - weight.shape[-1]
+    return F.pad(weight, (0, more)) if more else weight
+
+
+def _input_rows(weight: Tensor, d_state: int, rank: int, *, own_tokens: bool) -> Tensor:
+    """(K, R + 2N, D) as one matrix (K (rank + 2N), D); with K D columns where each path has tokens of its own.
 
     All paths' step sizes first, then all B, then all C: each is a slice whose rows start aligned.
     """
-    K, rank = len(weight), weight.shape[1] - 2 * d_state
+    K, own_rank = len(weight), weight.shape[1] - 2 * d_state
+    if rank > own_rank:
+        zeros = weight.new_zeros(K, rank - own_rank, weight.shape[2])
+        weight = torch.cat((weight[:, :own_rank], zeros, weight[:, own_rank:]), 1)
     if own_tokens:
         weight = block_diagonal(weight).unflatten(0, (K, -1))
     # Cut in one call, so that the gradient is one launch too; slices one by one have eight a path.
@@ -175,13 +202,20 @@ class CastLinear(nn.Linear):
         return F.linear(x, *self.cast(x.dtype))
 
 
+def with_cast_linears(module: nn.Module, *names: str) -> nn.Module:
+    """A copy with the same parameters, for inference, in which these linear layers are cast once."""
+    fused = copy.copy(module)
+    fused._modules = module._modules | {name: CastLinear.instead_of(getattr(module, name)) for name in names}
+    return fused
+
+
 class FusedScan(nn.Module):
     """The projections and the scan of a mixer, for inference: what comes of parameters alone is computed once.
 
     Args:
-        x_proj_weight: (K, R + 2N, D).
+        x_proj_weight: (K, R + 2N, D); K is 1 where one set of parameters serves all paths.
         dt_proj_weight, dt_proj_bias: (K, D, R) and (K, D).
-        A_log: (K, D, N), or of more paths if one set of the other parameters serves all of them.
+        A_log: (K, D, N), or of all paths where one set of the other parameters serves them.
         D: (K, D).
         own_tokens: each path has tokens of its own, (batch, L, K, D).
     """
@@ -204,12 +238,15 @@ class FusedScan(nn.Module):
     ) -> None:
         super().__init__()
         A = state_matrix(A_log.detach())
-        self.sets, self.d_state, self.shared = len(x_proj_weight), A.shape[-1], len(x_proj_weight) < len(A)
+        self.sets, self.d_state = len(x_proj_weight), A.shape[-1]
         self.register_buffer("A", A)
         self.register_buffer("D", D.detach().clone())
         self.register_buffer("dt_bias", dt_proj_bias.detach().clone())
-        self.register_buffer("rows", _input_rows(x_proj_weight.detach(), self.d_state, own_tokens))
-        self.register_buffer("steps", block_diagonal(dt_proj_weight.detach().transpose(1, 2)))
+        rank = aligned_rank(dt_proj_weight.shape[-1], self.sets, A.device)
+        rows = _input_rows(x_proj_weight.detach(), self.d_state, rank, own_tokens=own_tokens)
+        self.register_buffer("rows", rows)
+        more = rank - dt_proj_weight.shape[-1]
+        self.register_buffer("steps", block_diagonal(F.pad(dt_proj_weight.detach(), (0, more)).transpose(1, 2)))
         self._cast = CastOnce()
 
     def _apply(self, fn, recurse=True):
@@ -219,18 +256,20 @@ class FusedScan(nn.Module):
     def forward(self, u: Tensor, z: Tensor | None, paths: Tensor, merge: str) -> Tensor:
         """Tokens (batch, L, D) or (batch, L, K, D), gate (batch, L, D) -> as :func:`selective_scan`."""
         rows, steps = self._cast("rows", self.rows, u.dtype), self._cast("steps", self.steps, u.dtype)
-        D, bias = self.D, self.dt_bias
-        if self._in_one_kernel(u):
-            delta, B, C = load_backend("triton").scan_inputs(u, rows, steps)
+        A, D, bias = self.A, self.D, self.dt_bias
+        # What path a token is of does not matter to parameters of all paths.
+        tokens = u.flatten(1, 2).unsqueeze(2) if u.ndim == 4 and self.sets == 1 else u
+        if self._in_one_kernel(tokens):
+            delta, B, C = load_backend("triton").scan_inputs(tokens, rows, steps)
         else:
             states = self.sets * self.d_state
-            dt, B, C = F.linear(u.flatten(2), rows).split((len(steps), states, states), dim=-1)
+            dt, B, C = F.linear(tokens.flatten(2), rows).split((len(steps), states, states), dim=-1)
             delta, B, C = (tensor.unflatten(-1, (self.sets, -1)) for tensor in (dt @ steps, B, C))
-        if self.shared:
-            D, bias = D[0], bias[0]
-            delta, B, C = delta.squeeze(2), B.squeeze(2), C.squeeze(2)
+        if self.sets == 1:
+            A, D, bias = A if len(A) > 1 else A[0], D[0], bias[0]
+            delta, B, C = (t.squeeze(2) if u.ndim == 3 else t.reshape(*u.shape[:3], -1) for t in (delta, B, C))
         y = selective_scan(
-            u, delta, self.A, B, C, D, z, bias, delta_softplus=True, paths=paths, merge=merge, overwrite_delta=True
+            u, delta, A, B, C, D, z, bias, delta_softplus=True, paths=paths, merge=merge, overwrite_delta=True
         )
         assert isinstance(y, Tensor)
         return y
@@ -338,7 +377,7 @@ class MambaMixer(nn.Module):
             self.D[0] if self.share_paths else self.D,
             z,
             self.dt_proj_bias[0] if self.share_paths else self.dt_proj_bias,
-            delta_weight=self.dt_proj_weight[0] if self.share_paths else self.dt_proj_weight,
+            delta_weight=step_weight(self.dt_proj_weight[0] if self.share_paths else self.dt_proj_weight, dt),
             delta_softplus=True,
             paths=paths,
             merge="sum",
@@ -348,6 +387,11 @@ class MambaMixer(nn.Module):
         if self.average:  # after the projection, which is linear: there it costs less
             y = y / self.num_paths
         return y if self.gamma is None else y * self.gamma
+
+
+def dense_in_channels(weight: Tensor) -> Tensor:
+    """A copy of a convolution's weight (..., D, width), channels last in memory: as the Triton kernels read it."""
+    return weight.transpose(-2, -1).clone(memory_format=torch.contiguous_format).transpose(-2, -1)
 
 
 # From so many on, tokens and gate are two products: the first is then out of memory before the scan's large tensors
@@ -369,11 +413,7 @@ class FusedMambaMixer(nn.Module):
         super().__init__()
         K = mixer.num_paths
         self.share_paths, self.in_proj = mixer.share_paths, CastLinear.instead_of(mixer.in_proj)
-        # As the Triton kernels read it, channels last in memory: no copy in every pass.
-        self.register_buffer(
-            "conv_weight",
-            mixer.conv_weight.detach().transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2),
-        )
+        self.register_buffer("conv_weight", dense_in_channels(mixer.conv_weight.detach()))
         self.register_buffer("conv_bias", mixer.conv_bias.detach().clone())
         self.scan = FusedScan(
             mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D,

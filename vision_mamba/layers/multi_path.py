@@ -8,8 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops import causal_conv1d_of_half, selective_scan
-from .mamba import init_scan_parameters, shared_linear, state_matrix
+from ..ops import causal_conv1d_of_half, path_means, selective_scan, weighted_path_sum
+from .mamba import (
+    CastLinear,
+    FusedScan,
+    dense_in_channels,
+    init_scan_parameters,
+    scan_inputs,
+    state_matrix,
+    step_weight,
+)
 
 
 class MultiPathMixer(nn.Module):
@@ -72,14 +80,20 @@ class MultiPathMixer(nn.Module):
         nn.init.uniform_(self.conv_bias, -conv_bound, conv_bound)
         init_scan_parameters(self.x_proj_weight, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D)
 
+    def fuse(self) -> nn.Module:
+        """Its form for inference on a GPU, as :meth:`MambaMixer.fuse`."""
+        return FusedMultiPathMixer(self) if self.A_log.is_cuda else self
+
     def forward(self, x: Tensor, paths: Tensor) -> Tensor:
         """(batch, L, dim) and paths (K, L) -> (batch, L, dim)."""
         projected = self.in_proj(x)
-        x, z = causal_conv1d_of_half(projected, self.conv_weight, self.conv_bias, activation="silu", paths=paths)
-        x, product = shared_linear(x, self.x_proj_weight)
-        dt, B, C = product.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        u, z = causal_conv1d_of_half(projected, self.conv_weight, self.conv_bias, activation="silu", paths=paths)
+        return self._together(self._scan(u, z, paths, "sum" if self.gate is None else "none"))
+
+    def _scan(self, u: Tensor, z: Tensor, paths: Tensor, merge: str) -> Tensor:
+        u, dt, B, C = scan_inputs(u, self.x_proj_weight[None], self.d_state)
         y = selective_scan(
-            x,
+            u,
             dt,
             state_matrix(self.A_log),
             B,
@@ -87,14 +101,41 @@ class MultiPathMixer(nn.Module):
             self.D,
             z,
             self.dt_proj_bias,
-            delta_weight=self.dt_proj_weight,
+            delta_weight=step_weight(self.dt_proj_weight, dt),
             delta_softplus=True,
             paths=paths,
-            merge="sum" if self.gate is None else "none",
+            merge=merge,
         )
         assert isinstance(y, Tensor)
+        return y
+
+    def _together(self, y: Tensor) -> Tensor:
+        """The block's output from the scan's, (batch, L, inner) without a gate, else (batch, L, K, inner)."""
         if self.gate is None:
             return self.out_proj(y) / self.num_paths
-        scores = self.gate(self.out_proj(y.mean(1)).flatten(1))
-        weights = scores.softmax(-1).to(y.dtype)
-        return self.out_proj((y * weights[:, None, :, None]).sum(2))
+        y, means = path_means(y)
+        scores = self.gate(self.out_proj(means).flatten(1))
+        return self.out_proj(weighted_path_sum(y, scores.softmax(-1)))
+
+
+class FusedMultiPathMixer(MultiPathMixer):
+    """A :class:`MultiPathMixer` for inference.
+
+    Args:
+        mixer: whose parameters are taken as they are now.
+    """
+
+    def __init__(self, mixer: MultiPathMixer) -> None:
+        nn.Module.__init__(self)
+        self.num_paths, self.gate = mixer.num_paths, mixer.gate
+        self.in_proj, self.out_proj = CastLinear.instead_of(mixer.in_proj), CastLinear.instead_of(mixer.out_proj)
+        self.register_buffer("conv_weight", dense_in_channels(mixer.conv_weight.detach()))
+        self.register_buffer("conv_bias", mixer.conv_bias.detach().clone())
+        one = (mixer.x_proj_weight, mixer.dt_proj_weight, mixer.dt_proj_bias, mixer.A_log, mixer.D)
+        self.scan = FusedScan(*(parameter[None] for parameter in one), own_tokens=True)
+
+    def fuse(self) -> nn.Module:
+        return self
+
+    def _scan(self, u: Tensor, z: Tensor, paths: Tensor, merge: str) -> Tensor:
+        return self.scan(u, z, paths, merge)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..ops import selective_scan
 from ..paths import SS2D as SS2D_PATHS
 from ..paths import expand_paths, scan_paths
-from .mamba import CastLinear, FusedScan, init_scan_parameters, scan_inputs, state_matrix
+from .mamba import CastLinear, FusedScan, init_scan_parameters, scan_inputs, state_matrix, step_weight
 from .norm import add_layer_norm
 
 
@@ -102,7 +102,7 @@ class SS2D(nn.Module):
             C,
             self.D,
             delta_bias=self.dt_proj_bias,
-            delta_weight=self.dt_proj_weight,
+            delta_weight=step_weight(self.dt_proj_weight, dt),
             delta_softplus=True,
             paths=scan_paths(self.path_names, height, width, device=u.device),
             merge="sum",

@@ -112,13 +112,18 @@ class PlainModel(nn.Module):
         """Modules of the network that every block is given."""
         return ()
 
+    def _norms(self) -> list[Any]:
+        """The norm that each block's tokens go through, and the last one."""
+        blocks: list[Any] = list(self.blocks)
+        return [*(block.norm for block in blocks), self.norm]
+
     def _walk(self, x: Tensor, paths: Sequence[Tensor] | Tensor) -> Tensor:
         if not self._adds_within_norms(x):
             for i, block in enumerate(self.blocks):
                 x = self._block(block, x, paths[i])
             return self.norm(x)
         blocks: list[Any] = list(self.blocks)
-        norms = [*(block.norm for block in blocks), self.norm]
+        norms = self._norms()
         normed = norms[0](x)
         for i, block in enumerate(blocks):
             normed, x = norms[i + 1].after(block.branch(normed, paths[i]), x)
@@ -141,7 +146,7 @@ class PlainModel(nn.Module):
             or not all(hasattr(type(block), "branch") for block in blocks)
         ):
             return False
-        norms = [*(block.norm for block in blocks), self.norm]
+        norms = self._norms()
         return all(hasattr(type(norm), "after") for norm in norms) and not are_observed(*blocks, *norms)
 
     def forward_features(self, x: Tensor) -> Tensor:

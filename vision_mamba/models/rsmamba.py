@@ -43,8 +43,12 @@ class RSMambaBlock(nn.Module):
         self.mixer = MultiPathMixer(dim, **mixer_args, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
+    def branch(self, x: Tensor, paths: Tensor) -> Tensor:
+        """What is added to the tokens, from the normalised tokens."""
+        return self.drop_path(self.mixer(x, paths))
+
     def forward(self, x: Tensor, norm: nn.Module, paths: Tensor) -> Tensor:
-        return x + self.drop_path(self.mixer(norm(x), paths))
+        return x + self.branch(norm(x), paths)
 
 
 class RSMamba(PlainModel):
@@ -162,7 +166,7 @@ class RSMamba(PlainModel):
         )
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
-        self.norm: nn.Module = nn.LayerNorm(embed_dim, eps=norm_eps, **dd)
+        self.norm: nn.Module = LayerNorm(embed_dim, eps=norm_eps, stream=True, **dd)
         self.fc_norm: nn.Module = nn.Identity()
         self._set_global_pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
@@ -236,6 +240,9 @@ class RSMamba(PlainModel):
 
     def _shared(self) -> tuple[nn.Module, ...]:
         return (self.pre_norm,)
+
+    def _norms(self) -> list[Any]:
+        return [*(self.pre_norm for _ in self.blocks), self.norm]
 
     def pool(self, x: Tensor) -> Tensor:
         positions = cls_positions(self.cls_position, x.shape[1] - self.num_cls_tokens)
