@@ -7,22 +7,30 @@ import torch
 from torch.nn import functional as F
 
 from tests.conftest import assert_close
-from vision_mamba.layers import MambaMixer, OverlapPatchEmbed, mamba
+from vision_mamba.layers import MambaMixer, MultiPathMixer, OverlapPatchEmbed, mamba
 from vision_mamba.layers.mamba import CastLinear, FusedMambaMixer, FusedScan, shared_linear
+from vision_mamba.layers.multi_path import FusedMultiPathMixer
 from vision_mamba.layers.ss2d import SS2D, FusedSS2D
+from vision_mamba.models.mambavision import ConvBlock
 
 
 @pytest.mark.parametrize("size", [(32, 48), (16, 16)])
+@pytest.mark.parametrize("stride", [16, 8])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_patches_without_overlap_are_a_product(size, device):
-    """What a GPU computes as one product is the convolution, whatever the images' memory format."""
+def test_patches_are_a_product(size, stride, device):
+    """What a GPU computes as one product is the convolution, whatever the images' memory format; its gradients too."""
     torch.manual_seed(0)
-    embed = OverlapPatchEmbed(size, 16, 16, in_chans=5, embed_dim=24, device=device, dtype=torch.float64)
-    images = torch.randn(2, 5, *size, dtype=torch.float64, device=device)
+    embed = OverlapPatchEmbed(size, 16, stride, in_chans=5, embed_dim=24, device=device, dtype=torch.float64)
+    images = torch.randn(2, 5, *size, dtype=torch.float64, device=device, requires_grad=True)
+    wanted = images, embed.proj.weight, embed.proj.bias
     expected = embed.proj(images).permute(0, 2, 3, 1)
+    gradients = torch.autograd.grad(expected.sin().sum(), wanted)
     for given in (images, images.to(memory_format=torch.channels_last)):
-        assert_close("tokens", embed._project(given, embed.grid_size), expected, 1e-12)
+        tokens = embed._project(given)
+        assert_close("tokens", tokens, expected, 1e-12)
         assert_close("forward", embed(given), expected, 1e-12)
+        for found, gradient in zip(torch.autograd.grad(tokens.sin().sum(), wanted), gradients, strict=True):
+            assert_close("gradient", found, gradient, 1e-12)
 
 
 def test_gradients_of_a_shared_product():
@@ -182,15 +190,63 @@ def test_fused_ss2d_is_ss2d(gate):
         assert_close("float64", FusedSS2D(mixer)(x), mixer(x), 1e-12)
 
 
+@pytest.mark.parametrize("merge", ["gate", "mean"])
+@pytest.mark.parametrize("num_paths", [1, 3])
+def test_fused_multi_path_mixer_is_the_mixer(merge, num_paths):
+    """Where hooks look at the output projection they see it called as it was."""
+    torch.manual_seed(0)
+    mixer = MultiPathMixer(12, d_state=4, num_paths=num_paths, merge=merge).double()
+    paths = torch.stack([torch.randperm(20) for _ in range(num_paths)])
+    x = torch.randn(2, 20, 12, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close("float64", FusedMultiPathMixer(mixer)(x, paths), mixer(x, paths), 1e-12)
+        mixer.out_proj.register_forward_hook(lambda module, given, product: 2 * product)
+        assert_close("hook", FusedMultiPathMixer(mixer)(x, paths), mixer(x, paths), 1e-12)
+    assert mixer.fuse() is mixer, "not on a CPU"
+
+
+def test_norms_within_convolutions():
+    """Of MambaVision's first stages; nothing changes where somebody looks at them, or they are there already."""
+    torch.manual_seed(0)
+    block = ConvBlock(8, drop_path=0.0)
+    for norm in (block.norm1, block.norm2):
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            torch.nn.init.uniform_(tensor, 0.5, 1.5)
+    x = torch.randn(2, 5, 6, 8)
+    fused = block.fuse()
+    assert fused.training and isinstance(block.norm1, torch.nn.BatchNorm2d)
+    with torch.no_grad():
+        assert_close("map", fused.eval()(x), block.eval()(x), 1e-5)
+    assert isinstance(fused.norm1, torch.nn.Identity) and fused.fuse() is fused
+    block.norm2.register_forward_hook(lambda *given: None)
+    assert block.fuse() is block
+
+
+def test_mlps_share_their_weights_when_they_are_cast_once():
+    model = timm.create_model("test_vmamba").eval()
+    fused = timm.utils.reparameterize_model(model, inplace=False)
+    linears = [module for module in fused.modules() if isinstance(module, CastLinear)]
+    assert len(linears) == 2 * sum(isinstance(module, timm.layers.Mlp) for module in model.modules()) > 0
+    x = torch.randn(1, 3, *model.pretrained_cfg["input_size"][1:])
+    with torch.no_grad():
+        assert torch.equal(fused(x), model(x))
+        mlp = next(module for module in model.modules() if isinstance(module, timm.layers.Mlp))
+        assert mlp.fuse().fc1.weight is mlp.fc1.weight and type(mlp.fc1) is torch.nn.Linear
+        assert fused.state_dict().keys() == model.state_dict().keys()
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["vim_tiny_patch16_224", "vmamba_tiny_s1l8", "samba"])
+@pytest.mark.parametrize(
+    "name", ["vim_tiny_patch16_224", "vmamba_tiny_s1l8", "samba", "rsmamba_base", "mambavision_tiny"]
+)
 def test_reparameterized_models_agree(name):
     """``timm.utils.reparameterize_model``: float32, and bfloat16 autocast beside the model's own float32."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).cuda().eval()
     fused = timm.utils.reparameterize_model(model)
-    assert any(isinstance(module, FusedMambaMixer | FusedSS2D) for module in fused.modules())
-    assert not any(isinstance(module, FusedMambaMixer | FusedSS2D) for module in model.modules()), "a copy"
+    of_inference = FusedMambaMixer | FusedMultiPathMixer | FusedSS2D | CastLinear
+    assert any(isinstance(module, of_inference) for module in fused.modules())
+    assert not any(isinstance(module, of_inference) for module in model.modules()), "a copy"
     x = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:], device="cuda")
     with torch.no_grad():
         expected = model(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..layers import LayerNorm, add_layer_norm
+from ..layers.mamba import with_cast_linears
 from ._builder import check_choice
 from ._recompute import Recompute, checked, recomputed
 
@@ -42,6 +43,13 @@ class Stage(nn.Module):
         return recomputed(self.grad_checkpointing, block, *args)
 
 
+class BlockMlp(Mlp):
+    """timm's, whose weights :func:`timm.utils.reparameterize_model` has cast once."""
+
+    def fuse(self) -> nn.Module:
+        return with_cast_linears(self, "fc1", "fc2")
+
+
 @register_notrace_module  # torch.fx takes it whole: it looks at sizes, which have no values while it traces
 class ResidualBlock(nn.Module):
     """``x + mixer(norm1(x))``, then ``x + mlp(norm2(x))`` where ``mlp_ratio`` is above 0, channels-last.
@@ -57,6 +65,7 @@ class ResidualBlock(nn.Module):
         mlp_ratio: float,
         drop_path: float,
         layer_scale: float | None = None,
+        mlp_layer: Callable[..., nn.Module] = BlockMlp,
         **dd,
     ) -> None:
         super().__init__()
@@ -70,10 +79,14 @@ class ResidualBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if mlp_ratio > 0:
             self.norm2 = LayerNorm(dim, **dd)
-            self.mlp: nn.Module | None = Mlp(dim, int(dim * mlp_ratio), **dd)
+            self.mlp: nn.Module | None = mlp_layer(dim, int(dim * mlp_ratio), **dd)
             self.scale2 = scale()
         else:
             self.mlp = None
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What the mixer makes of a normalised map."""
+        return self.mixer(x)
 
     def forward(self, x: Tensor, pending: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Residual stream and what is still to be added to it -> the same."""
@@ -81,7 +94,7 @@ class ResidualBlock(nn.Module):
             normed = self.norm1(x)
         else:
             normed, x = add_layer_norm(pending, x, self.norm1)
-        pending = self.mixer(normed)
+        pending = self.mix(normed)
         pending = self.drop_path(pending if self.scale1 is None else self.scale1(pending))
         if self.mlp is not None:
             normed, x = add_layer_norm(pending, x, self.norm2)

@@ -7,6 +7,7 @@ License-NC, the weights under the same (their pages on the hub) or CC-BY-NC-SA-4
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +20,10 @@ from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers import MambaVisionMixer
+from ..layers.observed import are_observed
 from ._builder import build_model, find_backbone, with_batch_counters
 from ._pyramid import PyramidModel, ResidualBlock, ResidualStage, Stage, init_linear, make_feature_norms
 
@@ -68,6 +71,21 @@ class ConvBlock(nn.Module):
         inside = self.norm1(self.conv1(x.permute(0, 3, 1, 2)))
         inside = self.norm2(self.conv2(F.gelu(inside, approximate="tanh")))
         return x + self.drop_path(inside.permute(0, 2, 3, 1))
+
+    def fuse(self) -> nn.Module:
+        """For inference: the norms, of fixed mean and variance then, are within the convolutions before them.
+
+        :func:`timm.utils.reparameterize_model` calls this.
+        """
+        pairs = {"conv1": "norm1", "conv2": "norm2"}
+        norms = [getattr(self, norm) for norm in pairs.values()]
+        if not all(type(norm) is nn.BatchNorm2d for norm in norms) or are_observed(self.conv1, self.conv2, *norms):
+            return self
+        fused = copy.deepcopy(self).eval()
+        for conv, norm in pairs.items():
+            setattr(fused, conv, fuse_conv_bn_eval(getattr(fused, conv), getattr(fused, norm)))
+            setattr(fused, norm, nn.Identity())
+        return fused.train(self.training)
 
 
 class BatchNormMap(nn.Module):

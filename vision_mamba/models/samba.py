@@ -13,20 +13,17 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, trunc_normal_
-from timm.models._features_fx import register_notrace_function, register_notrace_module
+from timm.layers import ClassifierHead, trunc_normal_
+from timm.models._features_fx import register_notrace_module
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import LayerNorm, MambaMixer
+from ..layers.mamba import with_cast_linears
 from ..paths import scan_paths
 from ._builder import OFFICIAL_MIXER, build_model, find_backbone, with_batch_counters
-from ._pyramid import PyramidModel, Stage
-
-# torch.fx takes these whole: they look at sizes, which have no values while it traces.
-register_notrace_module(MambaMixer)
-register_notrace_function(scan_paths)
+from ._pyramid import PyramidModel, ResidualBlock, ResidualStage
 
 
 class Stem(nn.Module):
@@ -77,24 +74,23 @@ class ConvMlp(nn.Module):
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.fc2(F.gelu(x))
 
+    def fuse(self) -> nn.Module:
+        """For inference: :func:`timm.utils.reparameterize_model` has its weights cast once."""
+        return with_cast_linears(self, "fc1", "fc2")
 
-class SambaBlock(nn.Module):
+
+@register_notrace_module  # torch.fx takes it whole, as it does the class that it derives from
+class SambaBlock(ResidualBlock):
     """``x + mixer(norm1(x))``, then ``x + mlp(norm2(x))``, on a channels-last map; the scan runs row by row."""
 
     def __init__(self, dim: int, *, d_state: int, mlp_ratio: float, drop_path: float, **dd) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(dim, **dd)
-        self.mixer = MambaMixer(dim, d_state=d_state, num_paths=1, **dd)
-        self.norm2 = LayerNorm(dim, **dd)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        mixer = MambaMixer(dim, d_state=d_state, num_paths=1, **dd)
+        super().__init__(dim, mixer, mlp_ratio=mlp_ratio, drop_path=drop_path, mlp_layer=ConvMlp, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Tensor:
         height, width = x.shape[1], x.shape[2]
         paths = scan_paths(("raster",), height, width, device=x.device)
-        mixed = self.mixer(self.norm1(x).flatten(1, 2), paths).unflatten(1, (height, width))
-        x = x + self.drop_path(mixed)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.mixer(x.flatten(1, 2), paths).unflatten(1, (height, width))
 
 
 class Samba(PyramidModel):
@@ -152,7 +148,7 @@ class Samba(PyramidModel):
                 for rate in rates[start : start + depth]
             ]
             down = Downsample(dims[i - 1], dim, **dd) if i else nn.Identity()
-            stages.append(Stage(down, blocks, nn.LayerNorm(dim, **dd)))
+            stages.append(ResidualStage(down, blocks, LayerNorm(dim, stream=True, **dd)))
             self.feature_info.append(dict(module=f"stages.{i}", num_chs=dim, reduction=4 * 2**i))
         self.stages = nn.ModuleList(stages)
         self.norm = nn.Identity()  # each level has its own
