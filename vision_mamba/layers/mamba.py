@@ -120,7 +120,7 @@ def aligned_rank(rank: int, num_paths: int, device: torch.device) -> int:
 
     Rows that are not start where no wide word does: the products of 12 + 2 * 16 columns took twice as long as of 48.
     """
-    if device.type == "cpu":
+    if device.type != "cuda":
         return rank
     step = 8 // math.gcd(8, num_paths)
     return -(-rank // step) * step
