@@ -36,8 +36,38 @@ def _round_as_a_device() -> None:
     interpreter._convert_float = rounded
 
 
+def _patch_the_language_once() -> None:
+    """Not again for every function that a kernel calls, which is a third of the interpreter's time."""
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # an older one, which keeps no account of it
+        return
+    patch, scopes, known = interpreter._patch_lang, [], set()
+
+    def patch_once(function):
+        module = id(function.__globals__)  # whose names for the language are replaced
+        if scopes and module in known:
+            return interpreter._LangPatchScope()
+        known.add(module)
+        scopes.append(patch(function))
+        if len(scopes) > 1:
+            return interpreter._LangPatchScope()
+        of_kernel = interpreter._LangPatchScope()
+
+        def restore() -> None:
+            while scopes:
+                scopes.pop().restore()
+            known.clear()
+
+        of_kernel.restore = restore
+        return of_kernel
+
+    interpreter._patch_lang = patch_once
+
+
 if INTERPRETED:
     _round_as_a_device()
+    _patch_the_language_once()
 
 _marks = [
     pytest.mark.skipif(

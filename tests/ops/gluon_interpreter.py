@@ -7,12 +7,14 @@ NaN, and a row outside it is an error. What a compiler says of layouts, and race
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import types
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import triton
 import triton.experimental
 import triton.language as tl
@@ -23,22 +25,30 @@ KERNELS = "vision_mamba.ops.triton.scan_gluon"
 
 def emulate(monkeypatch, scan) -> None:
     """Until the test ends, ``scan`` (ops/triton/selective_scan.py) runs its Gluon kernels, interpreted."""
+    kernels = _kernels()
+    monkeypatch.setitem(sys.modules, KERNELS, kernels)
+    monkeypatch.setattr(sys.modules["vision_mamba.ops.triton"], "scan_gluon", kernels, raising=False)
+    monkeypatch.setattr(scan, "HAS_GLUON", True)
+    monkeypatch.setattr(scan, "_uses_gluon", lambda num_states, device: scan._in_gluon(num_states))
+
+
+@functools.cache
+def _kernels() -> types.ModuleType:
+    """One for all tests: the interpreter rewrites the functions of a new one."""
     gluon = types.ModuleType("triton.experimental.gluon")
     gluon.jit = _jit
     gluon.constexpr_function = _constexpr_function
     gluon.language = types.ModuleType("triton.experimental.gluon.language")
     vars(gluon.language).update(_language())
-    with monkeypatch.context() as patch:  # Triton itself wants the real ones again
+    with pytest.MonkeyPatch.context() as patch:  # Triton itself wants the real ones again
         patch.setattr(triton.experimental, "gluon", gluon, raising=False)
         patch.setitem(sys.modules, gluon.__name__, gluon)
         patch.setitem(sys.modules, gluon.language.__name__, gluon.language)
         patch.delitem(sys.modules, KERNELS, raising=False)
         kernels = importlib.import_module(KERNELS)
+        del sys.modules[KERNELS]
     kernels.tl = tl  # the interpreter looks for Triton's language among a kernel's globals
-    monkeypatch.setitem(sys.modules, KERNELS, kernels)
-    monkeypatch.setattr(sys.modules["vision_mamba.ops.triton"], "scan_gluon", kernels, raising=False)
-    monkeypatch.setattr(scan, "HAS_GLUON", True)
-    monkeypatch.setattr(scan, "_uses_gluon", lambda num_states, device: scan._in_gluon(num_states))
+    return kernels
 
 
 def _jit(kernel, **options):
