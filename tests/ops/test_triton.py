@@ -261,6 +261,25 @@ def test_gluon_scan_agrees_with_the_reference(case, block, monkeypatch):
 
 
 @kernels
+def test_operators_of_shared_out_states(monkeypatch):
+    """What a compiler is told of their results' shapes, which are those of other scans inside."""
+    from vision_mamba.ops.triton import selective_scan as module
+
+    use_gluon(module, monkeypatch)
+    given = inputs(Case(18, 10, 20, 1), DEVICE)
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "paths", "initial_state")
+    tensors = [given[name].unsqueeze(2) if name in "uz" else given[name] for name in names]
+    tensors[8] = tensors[8].int()
+    checked = dict(test_utils=("test_schema", "test_faketensor"))
+    arguments = (*tensors, True, False, True, "triton")
+    torch.library.opcheck(torch.ops.vision_mamba.selective_scan, arguments, **checked)
+    y, last_state, states = torch.ops.vision_mamba.selective_scan(*arguments)
+    assert module.wants_output(*tensors[:3], tensors[6], False) and states.shape[2] == 2
+    arguments = (torch.ones_like(y), torch.ones_like(last_state), states, *tensors, True, False, "triton", y)
+    torch.library.opcheck(torch.ops.vision_mamba.selective_scan_backward, arguments, **checked)
+
+
+@kernels
 @pytest.mark.parametrize("states", [8, 16])
 @pytest.mark.parametrize("block", [16, 32])
 @pytest.mark.parametrize("several", [False, True])
