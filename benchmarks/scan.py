@@ -91,7 +91,7 @@ def forward(x, merge, save_states):
 
 def backward(x, merge, borders, dy, y):
     """With the output where autograd would give it."""
-    y = y if kernels.wants_output(x["u"], x["delta"], x["A"], x["z"], merge) else None
+    y = y if kernels.wants_output(x["u"], x["A"], x["z"], merge) else None
     return kernels.selective_scan_backward(dy, None, borders, *x.values(), None, True, merge, y)
 
 

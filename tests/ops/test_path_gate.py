@@ -9,7 +9,7 @@ from vision_mamba.ops import path_means, weighted_path_sum
 
 BACKENDS = ["cpu", TRITON]
 # batch, L, K, D: one tile and many, more of each axis than a tile has and fewer.
-SHAPES = [(2, 5, 3, 8), (1, 1, 1, 1), (2, 70, 2, 130), (3, 33, 4, 20)]
+SHAPES = [(2, 5, 3, 8), (1, 1, 1, 1), (2, 70, 2, 130), (3, 33, 4, 20), (0, 5, 3, 8)]
 
 
 def gated(y, weights, matrix, means, weighted_sum):

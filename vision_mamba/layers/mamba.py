@@ -126,9 +126,9 @@ def aligned_rank(rank: int, num_paths: int, device: torch.device) -> int:
     return -(-rank // step) * step
 
 
-def step_weight(weight: Tensor, dt: Tensor) -> Tensor:
-    """The step-size projection (..., D, R) for low-rank step sizes with zeros at the end, (..., R or more)."""
-    more = dt.shape[-1] - weight.shape[-1]
+def step_weight(weight: Tensor, rank: int) -> Tensor:
+    """The step-size projection (..., D, R) for low-rank step sizes of a larger rank, with zeros at the end."""
+    more = rank - weight.shape[-1]
     return F.pad(weight, (0, more)) if more else weight
 
 
@@ -245,8 +245,7 @@ class FusedScan(nn.Module):
         rank = aligned_rank(dt_proj_weight.shape[-1], self.sets, A.device)
         rows = _input_rows(x_proj_weight.detach(), self.d_state, rank, own_tokens=own_tokens)
         self.register_buffer("rows", rows)
-        more = rank - dt_proj_weight.shape[-1]
-        self.register_buffer("steps", block_diagonal(F.pad(dt_proj_weight.detach(), (0, more)).transpose(1, 2)))
+        self.register_buffer("steps", block_diagonal(step_weight(dt_proj_weight.detach(), rank).transpose(1, 2)))
         self._cast = CastOnce()
 
     def _apply(self, fn, recurse=True):
@@ -377,7 +376,7 @@ class MambaMixer(nn.Module):
             self.D[0] if self.share_paths else self.D,
             z,
             self.dt_proj_bias[0] if self.share_paths else self.dt_proj_bias,
-            delta_weight=step_weight(self.dt_proj_weight[0] if self.share_paths else self.dt_proj_weight, dt),
+            delta_weight=step_weight(self.dt_proj_weight[0] if self.share_paths else self.dt_proj_weight, dt.shape[-1]),
             delta_softplus=True,
             paths=paths,
             merge="sum",

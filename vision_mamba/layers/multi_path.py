@@ -101,7 +101,7 @@ class MultiPathMixer(nn.Module):
             self.D,
             z,
             self.dt_proj_bias,
-            delta_weight=step_weight(self.dt_proj_weight, dt),
+            delta_weight=step_weight(self.dt_proj_weight, dt.shape[-1]),
             delta_softplus=True,
             paths=paths,
             merge=merge,

@@ -108,7 +108,7 @@ class OverlapPatchEmbed(nn.Module):
         return self.proj(x).permute(0, 2, 3, 1)
 
     def _project(self, x: Tensor) -> Tensor:
-        """The same as one product: cuDNN's convolution takes five times as long, with overlap ten times."""
+        """The same as one product: cuDNN's convolution takes five times as long and more."""
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         patches = x.unfold(2, self.patch_size, self.stride).unfold(3, self.patch_size, self.stride)
         patches = patches.permute(0, 2, 3, 1, 4, 5)

@@ -102,7 +102,7 @@ class SS2D(nn.Module):
             C,
             self.D,
             delta_bias=self.dt_proj_bias,
-            delta_weight=step_weight(self.dt_proj_weight, dt),
+            delta_weight=step_weight(self.dt_proj_weight, dt.shape[-1]),
             delta_softplus=True,
             paths=scan_paths(self.path_names, height, width, device=u.device),
             merge="sum",

@@ -345,8 +345,8 @@ def _setup_context(ctx, inputs, output):
 
 def _output_for(backend, y, tensors, merge):
     """``y``, if the backward pass wants it."""
-    u, delta, A, _, _, _, z, *_ = tensors
-    return y if load_backend(backend).wants_output(u, delta, A, z, merge) else None
+    u, _, A, _, _, _, z, *_ = tensors
+    return y if load_backend(backend).wants_output(u, A, z, merge) else None
 
 
 def _scan_autograd(ctx, dy, dlast_state, dstates):

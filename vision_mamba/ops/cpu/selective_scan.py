@@ -384,7 +384,7 @@ def _arguments(u, delta, A, B, C, D, z, delta_bias, paths) -> _Arguments:
     )  # fmt: skip
 
 
-def wants_output(u: Tensor, delta: Tensor, A: Tensor, z: Tensor | None, merge: bool) -> bool:
+def wants_output(u: Tensor, A: Tensor, z: Tensor | None, merge: bool) -> bool:
     """Whether the backward pass takes y: never, as it has the states at hand."""
     return False
 

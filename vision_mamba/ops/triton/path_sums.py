@@ -141,13 +141,22 @@ def _add_over_tokens_kernel(x, means, length, dim, ROWS: tl.constexpr, BLOCK: tl
     tl.store(x + at, total.to(x.dtype.element_ty), mask=ok)
 
 
-def _launch(kernel, rows: int, dim: int, tensors: dict[str, Tensor], strides: dict[str, int], **given) -> None:
+def _tile(dim: int, numbers: int) -> dict[str, int]:
     block = min(power_of_2(dim), 128)
-    given |= dict(ROWS=max(_TILE // block, 1), BLOCK=block, ALIGN=alignment(dim, *strides.values()))
-    if rows * dim > 0:
+    return dict(ROWS=max(numbers // block, 1), BLOCK=block)
+
+
+def _launch(kernel, rows: int, dim: int, tensors: dict[str, Tensor], strides: dict[str, int], **given) -> None:
+    tile = _tile(dim, _TILE)
+    grid = cdiv(rows, tile["ROWS"]), cdiv(dim, tile["BLOCK"])
+    given |= tile | strides | dict(rows=rows, dim=dim, ALIGN=alignment(dim, *strides.values()))
+    _launch_grid(kernel, grid, tensors, given)
+
+
+def _launch_grid(kernel, grid: tuple[int, int], tensors: dict[str, Tensor], given: dict) -> None:
+    if grid[0] * grid[1] > 0:
         with on_device(next(iter(tensors.values()))):
-            grid = cdiv(rows, given["ROWS"]), cdiv(dim, block)
-            launch(kernel, grid, tensors | strides | dict(rows=rows, dim=dim) | given, 4)
+            launch(kernel, grid, tensors | given, 4)
 
 
 def sum_of_paths(parts: Tensor) -> Tensor:
@@ -194,24 +203,20 @@ def sum_beside(parts: Tensor, beside: Tensor) -> Tensor:
     return out
 
 
-def _tiles(batch: int, length: int, dim: int) -> tuple[tuple[int, int], dict]:
-    """Programs, and their tiles, over the tokens of each image."""
-    block = min(power_of_2(dim), 128)
-    rows = max(2 * _TILE // block, 1)
-    sizes = dict(length=length, dim=dim, ROWS=rows, BLOCK=block)
-    return (batch * cdiv(length, rows), cdiv(dim, block)), sizes
+def _over_images(batch: int, length: int, dim: int) -> tuple[tuple[int, int], dict]:
+    """Programs over the tokens of each image, and their sizes."""
+    tile = _tile(dim, 2 * _TILE)
+    return (batch * cdiv(length, tile["ROWS"]), cdiv(dim, tile["BLOCK"])), tile | dict(length=length, dim=dim)
 
 
 def weighted_sum(y: Tensor, weights: Tensor) -> Tensor:
     """``sum_k weights[b, k] * y[b, l, k, d]``: (batch, L, K, D) and (batch, K) -> (batch, L, D)."""
     check_dtypes(y=y, weights=weights)
     batch, length, num_paths, dim = y.shape
-    grid, sizes = _tiles(batch, length, dim)
+    grid, sizes = _over_images(batch, length, dim)
     out = y.new_empty(batch, length, dim)
-    if y.numel() > 0:
-        with on_device(y):
-            given = dict(y=y.contiguous(), weights=weights.contiguous(), out=out, K=num_paths)
-            launch(_weighted_sum_kernel, grid, given | sizes, 4)
+    tensors = dict(y=y.contiguous(), weights=weights.contiguous(), out=out)
+    _launch_grid(_weighted_sum_kernel, grid, tensors, sizes | dict(K=num_paths))
     return out
 
 
@@ -219,24 +224,19 @@ def weighted_sum_backward(dout: Tensor, y: Tensor, weights: Tensor) -> tuple[Ten
     """Gradients of what :func:`weighted_sum` was given."""
     check_dtypes(dout=dout)
     batch, length, num_paths, dim = y.shape
-    grid, sizes = _tiles(batch, length, dim)
+    grid, sizes = _over_images(batch, length, dim)
     dy = y.new_empty(y.shape)
-    parts = y.new_empty(*grid, num_paths, dtype=torch.float32)
-    if y.numel() > 0:
-        with on_device(y):
-            given = dict(dout=dout.contiguous(), y=y.contiguous(), weights=weights.contiguous(), dy=dy, dweights=parts)
-            launch(_weighted_sum_backward_kernel, grid, given | sizes | dict(K=num_paths), 4)
-    return dy, parts.view(batch, -1, num_paths).sum(1).to(weights.dtype)
+    parts = y.new_empty(batch, grid[0] * grid[1] // max(batch, 1), num_paths, dtype=torch.float32)
+    tensors = dict(dout=dout.contiguous(), y=y.contiguous(), weights=weights.contiguous(), dy=dy, dweights=parts)
+    _launch_grid(_weighted_sum_backward_kernel, grid, tensors, sizes | dict(K=num_paths))
+    return dy, parts.sum(1).to(weights.dtype)
 
 
 def add_over_tokens(x: Tensor, means: Tensor) -> Tensor:
     """``x + means / L`` over the tokens, in place where ``x`` is dense: (batch, L, K, D) and (batch, K, D)."""
     check_dtypes(x=x, means=means)
     batch, length, num_paths, dim = x.shape
-    dim *= num_paths
-    x, means = x.contiguous(), means.contiguous()
-    grid, sizes = _tiles(batch, length, dim)
-    if x.numel() > 0:
-        with on_device(x):
-            launch(_add_over_tokens_kernel, grid, dict(x=x, means=means) | sizes, 4)
+    x = x.contiguous()
+    grid, sizes = _over_images(batch, length, num_paths * dim)
+    _launch_grid(_add_over_tokens_kernel, grid, dict(x=x, means=means.contiguous()), sizes)
     return x

@@ -845,7 +845,7 @@ def new_states(u: Tensor, delta: Tensor, B: Tensor, num_states: int, save: bool)
     return delta.new_empty((batch, chunks, num_paths, numbers) if save else (0, 0, 0, 0), dtype=dtype)
 
 
-def wants_output(u: Tensor, delta: Tensor, A: Tensor, z: Tensor | None, merge: bool) -> bool:
+def wants_output(u: Tensor, A: Tensor, z: Tensor | None, merge: bool) -> bool:
     """Whether paths are added and gated in a pass of its own, whose result the backward pass then takes.
 
     Where they share the gate. Not in float16, in which a small gate would leave too little of what it gates.
@@ -1009,7 +1009,7 @@ def selective_scan_forward(
             u, delta, A, B, C, D, z, delta_bias, paths, initial_state, delta_softplus, True, save_states
         )
         return y if merge else y.unsqueeze(2), _states_together(last_state), states
-    gate = z if wants_output(u, delta, A, z, merge) else None
+    gate = z if wants_output(u, A, z, merge) else None
     if gate is not None:
         check_dtypes(z=gate)
         z = None
