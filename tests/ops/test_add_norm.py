@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.conftest import assert_close
 from tests.ops.backends import DEVICE, TOLERANCE, TRITON, device_of, kernels, needs_gpu
-from vision_mamba.ops import add_norm
+from vision_mamba.ops import add_norm, shifted_norm
 
 BACKENDS = ["reference", "cpu", TRITON]
 COMPILED = ["cpu", TRITON]
@@ -146,6 +146,58 @@ def test_gradient_of_one_output(used, backend):
             assert found[0][name] is None or not found[0][name].any()
         else:
             assert_close(f"d{name}", found[0][name], expected, 4e-3)
+
+
+SHIFTED = [
+    ((2, 9, 96), True, False),
+    ((7,), True, False),
+    ((20, 1500), False, False),
+    ((3, 5, 40), True, True),
+    ((0, 6), True, False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("shape, has_bias, strided", SHIFTED, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norm_of_what_is_shifted(backend, shape, has_bias, strided, norm, dtype):
+    """As :func:`add_norm` of the sum in float64; the gradient of the shift is a sum over all rows."""
+    dim, device = shape[-1], device_of(backend)
+    given = make(Case(shape, dtype, stream=None, bias=has_bias), device)
+    if strided:
+        given["x"] = torch.randn(*shape[:-1], 2 * dim).to(device, dtype)[..., dim:].requires_grad_()
+    given["shift"] = (3 * torch.randn(dim, generator=torch.Generator().manual_seed(3))).to(device).requires_grad_()
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in given.items()}
+    normed = shifted_norm(**given, norm=norm, backend=backend)
+    expected = by_torch(exact | {"x": exact["x"] + exact["shift"]}, norm)[0]
+    dnormed = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(normed)
+    grads = torch.autograd.grad(normed, list(given.values()), dnormed)
+    assert normed.dtype == dtype
+    # Other backends round the sum.
+    tolerance = 2 * TOLERANCE[dtype] if backend != "triton" else TOLERANCE[dtype]
+    assert_close("normed", normed, expected, tolerance)
+    for name, found, reference in zip(
+        given, grads, torch.autograd.grad(expected, list(exact.values()), dnormed.double()), strict=True
+    ):
+        assert found.dtype == given[name].dtype
+        # The gradients of a norm's input add up to nothing over its channels, and over rows to what is left.
+        assert_close(f"d{name}", found, reference, tolerance)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_shifted_norm_compiles_and_names_wrong_arguments(backend):
+    device = device_of(backend)
+    x, shift, weight = (torch.randn(s, device=device, requires_grad=True) for s in ((3, 8), (8,), (8,)))
+    compiled = torch.compile(shifted_norm, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(x, shift, weight, backend=backend), shifted_norm(x, shift, weight, backend=backend)
+    )
+    with pytest.raises(ValueError, match=r"shift has shape \(7,\); with x \(3, 8\) expected \(8,\)"):
+        shifted_norm(x, shift[:7], weight, backend=backend)
+    grad = torch.autograd.grad(shifted_norm(x, shift, weight, backend=backend).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
+        grad[0].sum().backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import add_norm
+from ..ops import add_norm, shifted_norm
+from ..ops.backend import needs_operator, resolve_backend
+from .observed import are_observed
 
 
 def _written(x: Tensor, weight: Tensor, stream: bool) -> torch.dtype:
@@ -36,6 +38,26 @@ class LayerNorm(nn.LayerNorm):
         """``r = x + residual`` and its norm in one pass: the norm, and r."""
         dtype = _written(x, self.weight, self.stream)
         return add_norm(x, residual, self.weight, self.bias, norm="layer", eps=self.eps, dtype=dtype)
+
+
+def conv_norm(x: Tensor, conv: nn.Module, norm: LayerNorm) -> Tensor:
+    """``norm(conv(x))``; on a GPU the bias of a plain convolution is added within the norm, not in a pass of its own.
+
+    Args:
+        x: (batch, channels, H, W), channels last in memory.
+        conv: a convolution.
+        norm: over its output channels.
+
+    Returns:
+        (batch, H, W, channels).
+    """
+    if type(conv) is not nn.Conv2d or conv.bias is None or are_observed(conv, norm):
+        return norm(conv(x).permute(0, 2, 3, 1))
+    if needs_operator(x, conv.bias) or resolve_backend(None, x.device) != "triton":
+        return norm(conv(x).permute(0, 2, 3, 1))
+    y = conv._conv_forward(x, conv.weight, None).permute(0, 2, 3, 1)
+    dtype = _written(y, norm.weight, norm.stream)
+    return shifted_norm(y, conv.bias, norm.weight, norm.bias, norm="layer", eps=norm.eps, dtype=dtype)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..ops import selective_scan
 from ..paths import SS2D as SS2D_PATHS
 from ..paths import expand_paths, scan_paths
+from .depthwise_conv import depthwise_conv
 from .mamba import CastLinear, FusedScan, init_scan_parameters, scan_inputs, state_matrix, step_weight
 from .norm import add_layer_norm
 
@@ -84,9 +85,7 @@ class SS2D(nn.Module):
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        # A channels-last map seen as (batch, channels, height, width) is torch's channels_last: no copy.
-        x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        y = self.scan(x.flatten(1, 2), height, width).unflatten(1, (height, width))
+        y = self.scan(depthwise_conv(x, self.conv2d, "silu").flatten(1, 2), height, width).unflatten(1, (height, width))
         # In the dtype of the scan, with float32 inside; autocast would make three passes of it.
         y, _ = add_layer_norm(y, None, self.out_norm)
         return self.out_proj(y * F.silu(z) if self.gate else y)

@@ -11,7 +11,7 @@ from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
-from ..layers import LayerNorm, add_layer_norm
+from ..layers import LayerNorm, add_layer_norm, apply_linear
 from ..layers.mamba import with_cast_linears
 from ._builder import check_choice
 from ._recompute import Recompute, checked, recomputed
@@ -45,6 +45,10 @@ class Stage(nn.Module):
 
 class BlockMlp(Mlp):
     """timm's, whose weights :func:`timm.utils.reparameterize_model` has cast once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        return apply_linear(self.act(apply_linear(x, self.fc1)), self.fc2)
 
     def fuse(self) -> nn.Module:
         return with_cast_linears(self, "fc1", "fc2")

@@ -19,7 +19,7 @@ from timm.models._registry import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import LayerNorm, MambaMixer
+from ..layers import LayerNorm, MambaMixer, apply_linear, conv_norm, depthwise_conv
 from ..layers.mamba import with_cast_linears
 from ..paths import scan_paths
 from ._builder import OFFICIAL_MIXER, build_model, find_backbone, with_batch_counters
@@ -46,7 +46,7 @@ class Stem(nn.Module):
         x = F.relu(self.norm1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
         x = F.relu(self.norm2(self.conv2(x)))
         x = F.relu(self.norm3(self.conv3(x)))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return conv_norm(x, self.proj, self.norm)
 
 
 class Downsample(nn.Module):
@@ -58,7 +58,7 @@ class Downsample(nn.Module):
         self.norm = LayerNorm(out_dim, stream=True, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return conv_norm(x.permute(0, 3, 1, 2), self.proj, self.norm)
 
 
 class ConvMlp(nn.Module):
@@ -71,8 +71,7 @@ class ConvMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(F.gelu(x))
+        return apply_linear(depthwise_conv(apply_linear(x, self.fc1), self.dwconv, "gelu"), self.fc2)
 
     def fuse(self) -> nn.Module:
         """For inference: :func:`timm.utils.reparameterize_model` has its weights cast once."""

@@ -19,7 +19,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import SS2D, LayerNorm
+from ..layers import SS2D, LayerNorm, conv_norm
 from ..paths import SS2D as SS2D_PATHS
 from ..paths import expand_paths
 from ._builder import build_model, check_choice, find_backbone
@@ -47,12 +47,10 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_chans, height, width) -> (batch, height / 4, width / 4, dim)."""
         # From here on every map is channels-last in memory, and each permute is a view.
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
-        x = self.norm1(x.permute(0, 2, 3, 1))
+        x = conv_norm(x.contiguous(memory_format=torch.channels_last), self.conv1, self.norm1)
         if self.conv2 is None:
             return x
-        x = self.conv2(F.gelu(x).permute(0, 3, 1, 2))
-        return self.norm2(x.permute(0, 2, 3, 1))
+        return conv_norm(F.gelu(x).permute(0, 3, 1, 2), self.conv2, self.norm2)
 
 
 class ConvDownsample(nn.Module):
@@ -64,7 +62,7 @@ class ConvDownsample(nn.Module):
         self.norm = LayerNorm(out_dim, stream=True, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return conv_norm(x.permute(0, 3, 1, 2), self.conv, self.norm)
 
 
 @register_notrace_module  # torch.fx takes it whole, as it does the class that it derives from

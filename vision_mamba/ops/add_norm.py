@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from . import reference
-from .backend import derivative_needs_operator, form_for, load_backend, resolve_backend
+from .backend import (
+    derivative_needs_operator,
+    form_for,
+    gradients_by,
+    load_backend,
+    needs_gradient,
+    needs_operator,
+    resolve_backend,
+)
 
 
 def add_norm(
@@ -49,19 +59,7 @@ def add_norm(
         ValueError: shapes or devices that do not fit together, no channels, or an unknown name.
         RuntimeError: the backend cannot run on the tensors' device.
     """
-    if norm not in ("rms", "layer"):
-        raise ValueError(f"norm={norm!r}: allowed are 'rms' and 'layer'")
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must be (..., D) with D > 0, got {tuple(x.shape)}")
-    for name, tensor, shape in (
-        ("residual", residual, x.shape), ("weight", weight, x.shape[-1:]), ("bias", bias, x.shape[-1:]),
-    ):  # fmt: skip
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x {tuple(x.shape)} expected {tuple(shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+    _check(x, norm, residual, weight=weight, bias=bias)
     chosen = resolve_backend(backend, x.device)
     dtype = dtype or x.dtype
     if residual_dtype is None:
@@ -74,6 +72,61 @@ def add_norm(
     run = form_for(torch.ops.vision_mamba.add_norm, _AddNorm.apply, _forward, x, residual, weight, bias)
     normed, total = run(x, residual, weight, bias, eps, norm == "rms", residual_dtype, chosen, dtype)
     return normed, x if _alone(x, residual, residual_dtype) else total
+
+
+def shifted_norm(
+    x: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``norm(x + shift) * weight + bias``: the norm of what a convolution gives before its bias is added.
+
+    On a GPU the shift costs no pass over memory, nor does its gradient, a sum over all rows.
+
+    Args:
+        x: (..., D).
+        shift: (D,).
+        weight, bias, norm, eps, dtype, backend: as of :func:`add_norm`.
+
+    Returns:
+        (..., D) in ``dtype``.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`add_norm`.
+    """
+    _check(x, norm, shift=shift, weight=weight, bias=bias)
+    tensors = x, shift, weight, bias
+    name, options = resolve_backend(backend, x.device), (eps, norm == "rms", dtype or x.dtype)
+    if name != "triton" or needs_operator(*tensors):
+        return _shift_and_norm(*tensors, *options, name)
+    run = _ShiftedNorm.apply if needs_gradient(*tensors) else load_backend(name).shifted_norm_forward
+    return run(*tensors, *options)
+
+
+def _shift_and_norm(x, shift, weight, bias, eps, rms, dtype, backend) -> Tensor:
+    x = x + shift.to(x.dtype)
+    return add_norm(x, None, weight, bias, norm="rms" if rms else "layer", eps=eps, dtype=dtype, backend=backend)[0]
+
+
+def _check(x: Tensor, norm: str, residual: Tensor | None = None, **vectors: Tensor | None) -> None:
+    if norm not in ("rms", "layer"):
+        raise ValueError(f"norm={norm!r}: allowed are 'rms' and 'layer'")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be (..., D) with D > 0, got {tuple(x.shape)}")
+    for name, tensor in (("residual", residual), *vectors.items()):
+        if tensor is None:
+            continue
+        shape = x.shape if name == "residual" else x.shape[-1:]
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x {tuple(x.shape)} expected {tuple(shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
 
 
 def _alone(x: Tensor, residual: Tensor | None, residual_dtype: torch.dtype) -> bool:
@@ -115,9 +168,14 @@ def _backward(dnormed, dsum, sum, weight, bias, eps, rms, x_dtype, residual_dtyp
     return [*dsums, dweight] if dbias is None else [*dsums, dweight, dbias]
 
 
+def _backward_apart(*inputs):
+    """An operator's outputs may not share memory, as rows of one sum do."""
+    return [t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for t in _backward(*inputs)]
+
+
 _add_norm_backward = torch.library.custom_op(
     "vision_mamba::add_norm_backward",
-    _backward,
+    _backward_apart,
     mutates_args=(),
     schema="(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor weight, Tensor? bias, float eps, bool rms, "
     "ScalarType x_dtype, ScalarType residual_dtype, str backend) -> Tensor[]",
@@ -175,3 +233,22 @@ class _AddNorm(torch.autograd.Function):
         return output
 
     backward = staticmethod(_add_norm_autograd)
+
+
+class _ShiftedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift, weight, bias, eps, rms, dtype):
+        ctx.save_for_backward(x, shift, weight, bias)
+        ctx.options = eps, rms, dtype
+        return load_backend("triton").shifted_norm_forward(x, shift, weight, bias, eps, rms, dtype)
+
+    @staticmethod
+    def backward(ctx, dnormed):
+        tensors = ctx.saved_tensors  # once: activation checkpointing unpacks only once
+        eps, rms, dtype = ctx.options
+        if derivative_needs_operator(dnormed, *tensors):
+            plain = partial(_shift_and_norm, eps=eps, rms=rms, dtype=dtype, backend="triton")
+            grads = gradients_by(plain, tensors, dnormed)
+        else:
+            grads = load_backend("triton").shifted_norm_backward(dnormed, *tensors, eps, rms)
+        return *grads, None, None, None

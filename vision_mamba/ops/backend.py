@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -82,3 +82,12 @@ def derivative_needs_operator(*tensors: Tensor | None) -> bool:
     With ``create_graph`` gradients are enabled there: the operator's own derivative then says that there is none.
     """
     return torch.is_grad_enabled() or needs_operator(*tensors)
+
+
+def gradients_by(function: Callable, inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """Gradients of those inputs that want one, by a ``function`` whose operators somebody may see or differentiate."""
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    with torch.enable_grad():
+        y = function(*inputs)
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
+    return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs]

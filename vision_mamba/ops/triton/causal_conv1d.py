@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .column_sums import sum_of_parts
 from .path_sums import sum_beside, sum_of_paths
 from .runtime import (
     alignment,
@@ -348,7 +349,6 @@ def causal_conv1d_backward(dy, x, weight, bias, paths, silu, beside=None):
     num_paths, dim, width = weight.shape
     by_path = new_by_path(x, *x.shape[:2], num_paths, dim, merge=True)
     segments, groups = _plan(x, num_paths, _BACKWARD) if dy.numel() > 0 else ({}, 0)
-    # One sum a program, added up afterwards in a fixed order: equal bits every time, which atomics would not give.
     sums = x.new_empty(groups, num_paths, width + 1, dim, dtype=torch.float32)
     given |= {
         "dy": dy, "dx": by_path, "sums": sums,
@@ -361,7 +361,7 @@ def causal_conv1d_backward(dy, x, weight, bias, paths, silu, beside=None):
         programs = groups * num_paths * cdiv(dim, BLOCK)
         with on_device(x):
             launch(_conv_backward_kernel, (programs,), given | segments, 4, _BACKWARD.registers)
-    sums = sums.sum(0)
+    sums = sum_of_parts(sums)
     dweight = sums[:, :width].transpose(1, 2).contiguous().to(weight.dtype)
     dx = sum_of_paths(by_path) if beside is None else sum_beside(by_path, beside)
     return dx, dweight, sums[:, width].to(bias.dtype) if bias is not None else None

@@ -1,0 +1,27 @@
+"""A depthwise convolution module on a channels-last map, with the activation that follows it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import depthwise_conv2d
+from .observed import are_observed
+
+
+def depthwise_conv(x: Tensor, conv: nn.Module, activation: str) -> Tensor:
+    """``act(conv(x))``, by :func:`vision_mamba.ops.depthwise_conv2d` where nobody would miss a call of ``conv``.
+
+    Args:
+        x: (batch, H, W, D).
+        conv: of D groups, which keeps the map's size; or what an adapter has put in its place.
+        activation: ``"silu"`` or ``"gelu"``.
+
+    Returns:
+        (batch, H, W, D).
+    """
+    if type(conv) is nn.Conv2d and not are_observed(conv):
+        return depthwise_conv2d(x, conv.weight, conv.bias, activation=activation)
+    # A channels-last map seen as (batch, channels, height, width) is torch's channels_last: no copy.
+    y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return F.silu(y) if activation == "silu" else F.gelu(y)
