@@ -254,3 +254,31 @@ def test_reparameterized_models_agree(name):
         with torch.autocast("cuda", torch.bfloat16):
             errors = [((m(x).float() - expected).norm() / expected.norm()).item() for m in (fused, model)]
     assert errors[0] < 1.5 * errors[1] + 1e-3, errors
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", ["test_vmamba", "test_samba"])
+def test_modules_with_hooks_are_called_and_give_the_same(name, device, monkeypatch):
+    """Where nobody looks, convolutions with their norms or activations, and MLPs, are operators of ours on a GPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).to(device).eval()
+    for module in model.modules():  # as after training: a bias of zero would show nothing
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and module.bias is not None:
+            torch.nn.init.normal_(module.bias, std=0.3)
+    x = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:], device=device)
+
+    def passed():
+        model.zero_grad()
+        out = model(x)
+        out.square().sum().backward()
+        return {"output": out.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    alone, called = passed(), []
+    modules = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear | torch.nn.LayerNorm)]
+    for module in modules:
+        module.register_forward_hook(lambda module, *given: called.append(module))
+    observed = passed()
+    assert {id(m) for m in modules if isinstance(m, torch.nn.Conv2d)} <= {id(module) for module in called}
+    for tensor, value in observed.items():
+        assert_close(tensor, alone[tensor], value, 2e-4)

@@ -44,8 +44,7 @@ def check(backend, shape, activation, has_bias, dtype, side=3):
     assert_near(found, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("activation", list(ACTIVATIONS), ids=str)
+@pytest.mark.parametrize("activation, has_bias", [(None, True), (None, False), ("silu", False), ("gelu", True)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_agrees_with_float64(backend, shape, activation, has_bias):

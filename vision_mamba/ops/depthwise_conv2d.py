@@ -70,12 +70,15 @@ def depthwise_conv2d(
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    if not torch.is_autocast_enabled(x.device.type):  # as in a backward pass
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     # A channels-last map seen as (batch, channels, height, width) is torch's channels_last: no copy.
     padding = weight.shape[2] // 2
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
     return _ACTIVATIONS[activation](y)
+
+
+def _without_autocast(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """As in a backward pass."""
+    return _plain(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation)
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
@@ -89,5 +92,5 @@ class _DepthwiseConv2d(torch.autograd.Function):
     def backward(ctx, dy):
         tensors = ctx.saved_tensors  # once: activation checkpointing unpacks only once
         if derivative_needs_operator(dy, *tensors):
-            return *gradients_by(partial(_plain, activation=ctx.activation), tensors, dy), None
+            return *gradients_by(partial(_without_autocast, activation=ctx.activation), tensors, dy), None
         return *load_backend("triton").depthwise_conv2d_backward(dy, *tensors, ctx.activation), None
