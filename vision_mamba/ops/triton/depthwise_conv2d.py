@@ -269,7 +269,6 @@ def _conv2d_backward_kernel(
     tl.store(part + 9 * dim + c, tl.sum(s9, axis=0), mask=c_ok)
 
 
-@functools.lru_cache(maxsize=1024)
 def _columns(images: int, height: int, width: int, blocks: int, config: _Config, wanted: int) -> int:
     """Of a strip of ``images`` maps, each walked for so many ``blocks`` of channels.
 
@@ -285,35 +284,31 @@ def _columns(images: int, height: int, width: int, blocks: int, config: _Config,
     return min(range(config.unrolled, longest + 1, config.unrolled), key=cost)
 
 
-def _plan(x: Tensor, config: _Config) -> tuple[dict[str, int], int]:
-    """Sizes of a launch, and how many programs there are for a block of channels."""
-    images, height, width, dim = x.shape
-    wanted = multiprocessors(x.device) * config.programs
-    columns = _columns(images, height, width, cdiv(dim, BLOCK), config, wanted)
+@functools.lru_cache(maxsize=1024)
+def _plan(shape: torch.Size, config: _Config, device: torch.device, **strides: tuple[int, ...]) -> tuple[dict, int]:
+    """Sizes of a launch and strides by the names of tensors; and how many programs a block of channels has."""
+    images, height, width, dim = shape
+    columns = _columns(images, height, width, cdiv(dim, BLOCK), config, multiprocessors(device) * config.programs)
     strips = images * cdiv(height, config.rows) * cdiv(width, columns)
-    sizes = dict(strips=strips, columns=columns, height=height, width=width, dim=dim, STRIPS=STRIPS, BLOCK=BLOCK)
-    sizes["UNROLLED"] = config.unrolled
-    return sizes, cdiv(strips, STRIPS)
-
-
-def _strides(**tensors: Tensor) -> dict:
-    """Those of the leading axes, and what is compiled for them."""
-    named = {f"{name}_{axis}": tensor.stride(i) for name, tensor in tensors.items() for i, axis in enumerate("bhw")}
-    dim = max(tensor.shape[3] for tensor in tensors.values())
-    within_image = [stride for name, stride in named.items() if not name.endswith("_b")]
-    side = max(max(tensor.shape[1:3], default=1) for tensor in tensors.values())
-    return named | dict(ALIGN=alignment(dim, *named.values()), OFFSET=offset_type(2 * side, *within_image))
+    leading = {
+        f"{name}_{axis}": step for name, steps in strides.items() for axis, step in zip("bhw", steps, strict=False)
+    }
+    in_image = [step for steps in strides.values() for step in steps[1:]]
+    given = leading | dict(
+        strips=strips, columns=columns, height=height, width=width, dim=dim, STRIPS=STRIPS, BLOCK=BLOCK,
+        UNROLLED=config.unrolled, ALIGN=alignment(dim, *leading.values()),
+        OFFSET=offset_type(2 * max(height, width), *in_image),
+    )  # fmt: skip
+    return given, cdiv(strips, STRIPS)
 
 
 def _convolve(x, weight, bias, activation, flipped: bool) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() > 0:
-        sizes, groups = _plan(x, _FORWARD)
-        given = sizes | _strides(x=x, y=y) | dict(x=x, weight=weight, bias=bias, y=y)
-        given |= dict(FLIPPED=flipped, ACTIVATION=activation)
+        plan, groups = _plan(x.shape, _FORWARD, x.device, x=x.stride(), y=y.stride())
+        given = plan | dict(x=x, weight=weight, bias=bias, y=y, FLIPPED=flipped, ACTIVATION=activation)
         with on_device(x):
-            programs = groups * cdiv(x.shape[3], BLOCK)
-            launch(_conv2d_forward_kernel, (programs,), given, 4, _FORWARD.registers)
+            launch(_conv2d_forward_kernel, (groups * cdiv(x.shape[3], BLOCK),), given, 4, _FORWARD.registers)
     return y
 
 
@@ -329,16 +324,15 @@ def depthwise_conv2d_backward(dy, x, weight, bias, activation) -> tuple[Tensor, 
     dy, x, weight, bias = dense(dy), dense(x), weight.contiguous(), None if bias is None else dense(bias)
     dim = x.shape[3]
     slope = None if activation is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    groups = 0
+    plan, groups = {}, 0
     if dy.numel() > 0:
-        sizes, groups = _plan(x, _BACKWARD)
+        written = x if slope is None else slope
+        plan, groups = _plan(x.shape, _BACKWARD, x.device, x=x.stride(), dy=dy.stride(), y=written.stride())
     sums = x.new_empty(groups, 10 * dim, dtype=torch.float32)
-    if dy.numel() > 0:
-        given = sizes | _strides(x=x, dy=dy, y=dy if slope is None else slope)
-        given |= dict(dy=dy, x=x, weight=weight, bias=bias, slope=slope, sums=sums, ACTIVATION=activation)
+    if groups > 0:
+        given = plan | dict(dy=dy, x=x, weight=weight, bias=bias, slope=slope, sums=sums, ACTIVATION=activation)
         with on_device(x):
-            programs = groups * cdiv(dim, BLOCK)
-            launch(_conv2d_backward_kernel, (programs,), given, 4, _BACKWARD.registers)
+            launch(_conv2d_backward_kernel, (groups * cdiv(dim, BLOCK),), given, 4, _BACKWARD.registers)
     dx = _convolve(dy if slope is None else slope, weight, None, None, True)
     dweight, dbias = sum_of_parts(sums).split((9 * dim, dim))
     return dx.to(x.dtype), dweight.view(weight.shape).to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
