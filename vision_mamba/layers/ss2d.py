@@ -85,7 +85,8 @@ class SS2D(nn.Module):
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        y = self.scan(depthwise_conv(x, self.conv2d, "silu").flatten(1, 2), height, width).unflatten(1, (height, width))
+        x = depthwise_conv(x, self.conv2d, "silu")  # what was convolved is out of memory before the scan
+        y = self.scan(x.flatten(1, 2), height, width).unflatten(1, (height, width))
         # In the dtype of the scan, with float32 inside; autocast would make three passes of it.
         y, _ = add_layer_norm(y, None, self.out_norm)
         return self.out_proj(y * F.silu(z) if self.gate else y)
