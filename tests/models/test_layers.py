@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.conftest import assert_close
-from vision_mamba.layers import MambaMixer, MultiPathMixer, OverlapPatchEmbed, mamba
+from vision_mamba.layers import MambaMixer, MultiPathMixer, OverlapPatchEmbed, depthwise_conv, mamba
 from vision_mamba.layers.mamba import CastLinear, FusedMambaMixer, FusedScan, shared_linear
 from vision_mamba.layers.multi_path import FusedMultiPathMixer
 from vision_mamba.layers.ss2d import SS2D, FusedSS2D
@@ -254,6 +254,20 @@ def test_reparameterized_models_agree(name):
         with torch.autocast("cuda", torch.bfloat16):
             errors = [((m(x).float() - expected).norm() / expected.norm()).item() for m in (fused, model)]
     assert errors[0] < 1.5 * errors[1] + 1e-3, errors
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("change", [{"padding_mode": "circular"}, {"dilation": (2, 2), "padding": (2, 2)}], ids=str)
+def test_a_convolution_that_was_changed_is_what_it_says(change, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(6, 6, 3, padding=1, groups=6).to(device)
+    x = torch.randn(2, 5, 7, 6, device=device)
+    usual = depthwise_conv(x, conv, "gelu")
+    for name, value in change.items():
+        setattr(conv, name, value)
+    found, expected = depthwise_conv(x, conv, "gelu"), F.gelu(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    assert torch.equal(found, expected) and not torch.allclose(found, usual, atol=0.01)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

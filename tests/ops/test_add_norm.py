@@ -181,7 +181,6 @@ def test_norm_of_what_is_shifted(backend, shape, has_bias, strided, norm, dtype)
         given, grads, torch.autograd.grad(expected, list(exact.values()), dnormed.double()), strict=True
     ):
         assert found.dtype == given[name].dtype
-        # The gradients of a norm's input add up to nothing over its channels, and over rows to what is left.
         assert_close(f"d{name}", found, reference, tolerance)
 
 

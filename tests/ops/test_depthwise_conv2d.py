@@ -1,5 +1,7 @@
 """The depthwise convolution of maps against PyTorch's in float64, with its gradients."""
 
+import importlib
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -71,6 +73,16 @@ def test_agrees_with_float64_at_size(shape, activation, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_sides(backend, side):
     check(backend, (2, 6, 7, 8), "silu", True, torch.float32, side)
+
+
+@kernels
+def test_offsets_of_64_bits(monkeypatch):
+    import triton.language as tl
+
+    module = importlib.import_module("vision_mamba.ops.triton.depthwise_conv2d")
+    monkeypatch.setattr(module, "offset_type", lambda *given: tl.int64)
+    monkeypatch.setattr(module, "_plan", module._plan.__wrapped__)  # which remembers
+    check("triton", (2, 4, 5, 40), "silu", True, torch.float32)
 
 
 @kernels

@@ -10,7 +10,7 @@ from vision_mamba.ops import linear
 
 BACKENDS = ["cpu", TRITON]
 # Tokens' axes, D, O: one tile and many, columns that fill no tile.
-SHAPES = [((3, 5), 7, 20), ((1,), 4, 1), ((70,), 8, 130), ((2, 3, 9), 5, 96), ((0, 4), 6, 8)]
+SHAPES = [((3, 5), 7, 20), ((), 4, 3), ((1,), 4, 1), ((70,), 8, 130), ((2, 3, 9), 5, 96), ((0, 4), 6, 8)]
 if CUDA:
     SHAPES += [((401, 1000), 96, 384), ((49,), 64, 3072), ((12345,), 32, 100)]
 

@@ -40,18 +40,18 @@ class LayerNorm(nn.LayerNorm):
         return add_norm(x, residual, self.weight, self.bias, norm="layer", eps=self.eps, dtype=dtype)
 
 
-def conv_norm(x: Tensor, conv: nn.Module, norm: LayerNorm) -> Tensor:
+def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
     """``norm(conv(x))``; on a GPU the bias of a plain convolution is added within the norm, not in a pass of its own.
 
     Args:
         x: (batch, channels, H, W), channels last in memory.
         conv: a convolution.
-        norm: over its output channels.
+        norm: over its output channels, which come last.
 
     Returns:
         (batch, H, W, channels).
     """
-    if type(conv) is not nn.Conv2d or conv.bias is None or are_observed(conv, norm):
+    if type(conv) is not nn.Conv2d or conv.bias is None or type(norm) is not LayerNorm or are_observed(conv, norm):
         return norm(conv(x).permute(0, 2, 3, 1))
     if needs_operator(x, conv.bias) or resolve_backend(None, x.device) != "triton":
         return norm(conv(x).permute(0, 2, 3, 1))

@@ -48,9 +48,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, _ = ctx.needs_input_grad
-        rows = dy.flatten(0, -2)
+        rows = dy.reshape(-1, dy.shape[-1])
         dx = dy @ weight if wants_x else None
-        dweight = rows.t() @ x.flatten(0, -2) if wants_weight else None
+        dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if wants_weight else None
         if derivative_needs_operator(dy, x, weight):
             dbias = rows.sum(0)
         else:
