@@ -93,6 +93,23 @@ def device_of(backend: str) -> str:
     return DEVICE if backend == "triton" else "cpu"
 
 
+def output_and_gradients(tensors: dict[str, torch.Tensor], run) -> dict[str, torch.Tensor]:
+    """Of ``run(**tensors)``, the gradients by the tensors' names; for one that is the same in all precisions."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    output = run(**leaves)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    grads = torch.autograd.grad(output, list(leaves.values()), grad.to(output))
+    return {"output": output.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def second_derivatives(tensors: list[torch.Tensor], run) -> dict[str, torch.Tensor]:
+    """Gradients of a number that is made of the gradients of ``run(*tensors)``."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    first = torch.autograd.grad(run(*leaves).pow(3).sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), leaves)
+    return {f"of tensor {i}": grad for i, grad in enumerate(second)}
+
+
 def record_scans(backend: str, monkeypatch) -> list[None]:
     """An entry for each forward pass of the scan from now on."""
     module, runs = load_backend(backend), []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.backends import TOLERANCE, TRITON, device_of
+from tests.ops.backends import TOLERANCE, TRITON, device_of, output_and_gradients
 from tests.ops.test_triton import assert_near
 from vision_mamba.ops import path_means, weighted_path_sum
 
@@ -18,14 +18,6 @@ def gated(y, weights, matrix, means, weighted_sum):
     return weighted_sum(y, weights + (mean * matrix).sum(-1).to(weights.dtype))
 
 
-def results(tensors, means, weighted_sum):
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors.values()]
-    out = gated(*leaves, means, weighted_sum)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(tensors["y"].dtype).to(out)
-    grads = torch.autograd.grad(out, leaves, dout)
-    return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(tensors, grads, strict=True)}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -37,15 +29,21 @@ def test_agrees_with_float64(backend, shape, dtype):
         "weights": torch.rand(batch, num_paths, generator=generator).to(device) + 0.5,
         "matrix": torch.randn(num_paths, dim, generator=generator).to(device) * 0.1,
     }
-    ours = results(
+    ours = output_and_gradients(
         tensors,
-        lambda y: path_means(y, backend=backend),
-        lambda y, weights: weighted_path_sum(y, weights, backend=backend),
+        lambda **t: gated(
+            **t,
+            means=lambda y: path_means(y, backend=backend),
+            weighted_sum=lambda y, weights: weighted_path_sum(y, weights, backend=backend),
+        ),
     )
-    expected = results(
+    expected = output_and_gradients(
         {name: tensor.double() for name, tensor in tensors.items()},
-        lambda y: (y, y.mean(1)),
-        lambda y, weights: torch.einsum("blkd,bk->bld", y, weights),
+        lambda **t: gated(
+            **t,
+            means=lambda y: (y, y.mean(1)),
+            weighted_sum=lambda y, weights: torch.einsum("blkd,bk->bld", y, weights),
+        ),
     )
     assert_near(ours, expected, TOLERANCE[dtype])
 
