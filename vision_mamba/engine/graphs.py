@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vision_mamba.ops.backend import autocast_dtype
+
 MAX_CAPTURES = 64  # of one net: a capture takes about a second, and some MB of the device for its list of kernels
 _WARM_UP = 2  # passes before a capture: kernels are compiled and chosen in the first
 
@@ -66,7 +68,7 @@ class TrainingGraphs:
         if state != self._state:
             self._forget()
             self._state = state
-        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        autocast = autocast_dtype(x.device)
         kind = (x.shape, x.stride(), x.dtype, x.device, autocast)
         capture = self._captures.get(kind)
         if capture is None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..ops import depthwise_conv2d
-from .observed import are_observed
+from ..ops.depthwise_conv2d import ACTIVATIONS, depthwise_conv2d
+from .observed import is_plain
 
 
 def _is_usual(conv: nn.Conv2d) -> bool:
@@ -31,8 +30,8 @@ def depthwise_conv(x: Tensor, conv: nn.Module, activation: str) -> Tensor:
     Returns:
         (batch, H, W, D).
     """
-    if type(conv) is nn.Conv2d and _is_usual(conv) and not are_observed(conv):
+    if is_plain(conv, nn.Conv2d) and _is_usual(conv):
         return depthwise_conv2d(x, conv.weight, conv.bias, activation=activation)
     # A channels-last map seen as (batch, channels, height, width) is torch's channels_last: no copy.
     y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return F.silu(y) if activation == "silu" else F.gelu(y)
+    return ACTIVATIONS[activation](y)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..ops import causal_conv1d, causal_conv1d_of_half, selective_scan
 from ..ops.backend import load_backend, needs_gradient, needs_operator, resolve_backend
 from ..ops.selective_scan import block_diagonal, path_products
-from .observed import are_observed
+from .observed import is_plain
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ class CastLinear(nn.Linear):
     @classmethod
     def instead_of(cls, linear: nn.Linear) -> nn.Linear:
         """Of a plain layer; one with hooks, or what an adapter has put in its place, stays what it is."""
-        return cls(linear) if type(linear) is nn.Linear and not are_observed(linear) else linear
+        return cls(linear) if is_plain(linear, nn.Linear) else linear
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias in this dtype; themselves where they want gradients."""
@@ -430,7 +430,7 @@ class FusedMambaMixer(nn.Module):
         conv_paths = None if self.share_paths else paths
         proj = self.in_proj
         # What adapters and hooks put on the projection would be passed by.
-        if x.shape[0] * x.shape[1] >= _MANY_TOKENS and type(proj) is CastLinear and not are_observed(proj):
+        if x.shape[0] * x.shape[1] >= _MANY_TOKENS and is_plain(proj, CastLinear):
             of_tokens, of_z = proj.cast(x.dtype)[0].chunk(2)
             tokens = _convolved(F.linear(x, of_tokens), self.conv_weight, self.conv_bias, conv_paths)
             z = F.linear(x, of_z)

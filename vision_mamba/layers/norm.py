@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import add_norm, shifted_norm
-from ..ops.backend import needs_operator, resolve_backend
-from .observed import are_observed
+from ..ops.backend import autocast_dtype, needs_operator, resolve_backend
+from .observed import is_plain
 
 
 def _written(x: Tensor, weight: Tensor, stream: bool) -> torch.dtype:
     """The dtype in which a norm's result is wanted."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
         return x.dtype
-    return weight.dtype if stream else torch.get_autocast_dtype(x.device.type)
+    return weight.dtype if stream else dtype
 
 
 class LayerNorm(nn.LayerNorm):
@@ -51,13 +52,12 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
     Returns:
         (batch, H, W, channels).
     """
-    if type(conv) is not nn.Conv2d or conv.bias is None or type(norm) is not LayerNorm or are_observed(conv, norm):
-        return norm(conv(x).permute(0, 2, 3, 1))
-    if needs_operator(x, conv.bias) or resolve_backend(None, x.device) != "triton":
-        return norm(conv(x).permute(0, 2, 3, 1))
-    y = conv._conv_forward(x, conv.weight, None).permute(0, 2, 3, 1)
-    dtype = _written(y, norm.weight, norm.stream)
-    return shifted_norm(y, conv.bias, norm.weight, norm.bias, norm="layer", eps=norm.eps, dtype=dtype)
+    if is_plain(conv, nn.Conv2d) and conv.bias is not None and is_plain(norm, LayerNorm):
+        if not needs_operator(x, conv.bias) and resolve_backend(None, x.device) == "triton":
+            y = conv._conv_forward(x, conv.weight, None).permute(0, 2, 3, 1)
+            dtype = _written(y, norm.weight, norm.stream)
+            return shifted_norm(y, conv.bias, norm.weight, norm.bias, norm="layer", eps=norm.eps, dtype=dtype)
+    return norm(conv(x).permute(0, 2, 3, 1))
 
 
 class RMSNorm(nn.RMSNorm):

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.backend import autocast_dtype
+
 
 class OverlapPatchEmbed(nn.Module):
     """One convolution from image to tokens; patches overlap where the stride is below their size.
@@ -109,7 +111,7 @@ class OverlapPatchEmbed(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         """The same as one product: cuDNN's convolution takes five times as long and more."""
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        dtype = autocast_dtype(x.device) or x.dtype
         patches = x.unfold(2, self.patch_size, self.stride).unfold(3, self.patch_size, self.stride)
         patches = patches.permute(0, 2, 3, 1, 4, 5)
         patches = patches.to(dtype, memory_format=torch.contiguous_format)  # cast and copy in one pass

@@ -69,6 +69,13 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast computes on a device; None where it is off, or has nothing to say."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def form_for(operator: Callable, function: Callable, plain: Callable, *tensors: Tensor | None) -> Callable:
     """``operator`` where somebody has to see it, else ``function`` of autograd, or without gradients ``plain``."""
     if needs_operator(*tensors):

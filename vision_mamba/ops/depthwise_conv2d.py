@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .backend import (
+    autocast_dtype,
     derivative_needs_operator,
     gradients_by,
     load_backend,
@@ -17,7 +18,7 @@ from .backend import (
     resolve_backend,
 )
 
-_ACTIVATIONS = {None: lambda x: x, "silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS = {None: lambda x: x, "silu": F.silu, "gelu": F.gelu}
 
 
 def depthwise_conv2d(
@@ -48,7 +49,7 @@ def depthwise_conv2d(
         ValueError: shapes that do not fit together or an unknown name.
         RuntimeError: the backend cannot run on the tensors' device.
     """
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: allowed are None, 'silu' and 'gelu'")
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[:2] != (x.shape[3], 1):
         raise ValueError(
@@ -62,8 +63,7 @@ def depthwise_conv2d(
     name = resolve_backend(backend, x.device)
     if name != "triton" or side != 3 or needs_operator(x, weight, bias):
         return _plain(x, weight, bias, activation)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_dtype(x.device) or x.dtype)
     if needs_gradient(x, weight, bias):
         return _DepthwiseConv2d.apply(x, weight, bias, activation)
     return load_backend(name).depthwise_conv2d_forward(x, weight, bias, activation)
@@ -73,7 +73,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     # A channels-last map seen as (batch, channels, height, width) is torch's channels_last: no copy.
     padding = weight.shape[2] // 2
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
-    return _ACTIVATIONS[activation](y)
+    return ACTIVATIONS[activation](y)
 
 
 def _without_autocast(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

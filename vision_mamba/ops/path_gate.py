@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import derivative_needs_operator, load_backend, needs_gradient, needs_operator, resolve_backend
+from .backend import (
+    derivative_needs_operator,
+    gradients_by,
+    load_backend,
+    needs_gradient,
+    needs_operator,
+    resolve_backend,
+)
 
 
 def path_means(y: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -50,10 +57,14 @@ def weighted_path_sum(y: Tensor, weights: Tensor, *, backend: str | None = None)
             f"y must be (batch, L, K, D) and weights (batch, K), got {tuple(y.shape)}, {tuple(weights.shape)}"
         )
     if not _in_kernels(backend, y, weights):
-        return (y * weights.to(y.dtype)[:, None, :, None]).sum(2)
+        return _plain_sum(y, weights)
     if needs_gradient(y, weights):
         return _WeightedSum.apply(y, weights)
     return load_backend("triton").weighted_sum(y, weights)
+
+
+def _plain_sum(y: Tensor, weights: Tensor) -> Tensor:
+    return (y * weights.to(y.dtype)[:, None, :, None]).sum(2)
 
 
 def _in_kernels(backend: str | None, *tensors: Tensor) -> bool:
@@ -83,6 +94,5 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx, dout):
         y, weights = ctx.saved_tensors
         if derivative_needs_operator(dout, y, weights):
-            dout = dout.unsqueeze(2)
-            return dout * weights.to(y.dtype)[:, None, :, None], (dout * y).sum((1, 3)).to(weights.dtype)
+            return tuple(gradients_by(_plain_sum, (y, weights), dout))
         return load_backend("triton").weighted_sum_backward(dout, y, weights)

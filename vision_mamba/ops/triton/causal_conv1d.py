@@ -6,7 +6,6 @@ where a tile of outputs would read it once for each weight.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from .runtime import (
     new_by_path,
     offset_type,
     on_device,
+    segment_steps,
     sigmoid,
     visited,
 )
@@ -35,7 +35,6 @@ BLOCK = 64  # channels a program
 ROWS = 8  # segments a program; with four warps a lane has four channels of one of them
 MAX_WIDTH = 4
 _UNROLLED = 4  # steps: no fewer than the widest convolution looks back, so that all it looks at stays where it is
-_LONGEST = 128  # steps of a segment
 
 
 class _Config(NamedTuple):
@@ -285,24 +284,11 @@ def _conv_backward_kernel(
     tl.store(at + WIDTH * dim, tl.sum(sum_bias, axis=0), mask=c_ok)
 
 
-@functools.lru_cache(maxsize=1024)
-def _segments(images: int, length: int, walks: int, wanted: int) -> tuple[int, int]:
-    """Number and steps of the segments of ``images`` paths of a length, ``walks`` times for other channels and paths.
-
-    Few long ones look back and forth seldom; short ones fill the device, and leave no program to be waited for.
-    """
-
-    def cost(steps: int) -> int:
-        waves = cdiv(cdiv(images * cdiv(length, steps), ROWS) * walks, wanted)
-        return waves * (steps + 6)
-
-    steps = min(range(_UNROLLED, _LONGEST + 1, _UNROLLED), key=cost)
-    return images * cdiv(length, steps), steps
-
-
 def _plan(x: Tensor, num_paths: int, config: _Config) -> tuple[dict[str, int], int]:
     walks = cdiv(x.shape[2], BLOCK) * num_paths
-    segments, steps = _segments(x.shape[0], x.shape[1], walks, multiprocessors(x.device) * config.programs)
+    wanted = multiprocessors(x.device) * config.programs
+    steps = segment_steps(x.shape[0], x.shape[1], ROWS, walks, wanted, _UNROLLED)
+    segments = x.shape[0] * cdiv(x.shape[1], steps)
     return {"segments": segments, "steps": steps}, cdiv(segments, ROWS)
 
 

@@ -57,7 +57,7 @@ def _launch(x: Tensor, sums: Tensor, block: int) -> Tensor:
 def sum_of_parts(parts: Tensor) -> Tensor:
     """The sum of what each program found, (programs, ...) -> (...), in an order that the shape alone decides.
 
-    So bits are equal every time, which atomics would not give. PyTorch's sum of so few columns takes twice as long.
+    So bits are equal every time, which atomics would not give. PyTorch's sum of so few columns takes longer.
     """
     if len(parts) == 0 or parts.numel() == 0:
         return parts.sum(0)

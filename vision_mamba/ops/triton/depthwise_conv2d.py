@@ -26,13 +26,13 @@ from .runtime import (
     multiprocessors,
     offset_type,
     on_device,
+    segment_steps,
     sigmoid,
 )
 
 BLOCK = 32  # channels a program
 STRIPS = 16  # a program; with four warps a lane has four channels of one of them
 _STAGES = tl.constexpr(3)  # columns that are on their way, and those that are computed
-_LONGEST = 128  # columns of a strip
 
 
 class _Config(NamedTuple):
@@ -269,27 +269,13 @@ def _conv2d_backward_kernel(
     tl.store(part + 9 * dim + c, tl.sum(s9, axis=0), mask=c_ok)
 
 
-def _columns(images: int, height: int, width: int, blocks: int, config: _Config, wanted: int) -> int:
-    """Of a strip of ``images`` maps, each walked for so many ``blocks`` of channels.
-
-    Few long ones look beyond their ends seldom; short ones fill the device, and leave no program to be waited for.
-    """
-    bands = images * cdiv(height, config.rows)
-
-    def cost(columns: int) -> int:
-        waves = cdiv(cdiv(bands * cdiv(width, columns), STRIPS) * blocks, wanted)
-        return waves * (columns + 6)
-
-    longest = min(cdiv(width, config.unrolled) * config.unrolled, _LONGEST)
-    return min(range(config.unrolled, longest + 1, config.unrolled), key=cost)
-
-
 @functools.lru_cache(maxsize=1024)
 def _plan(shape: torch.Size, config: _Config, device: torch.device, **strides: tuple[int, ...]) -> tuple[dict, int]:
     """Sizes of a launch and strides by the names of tensors; and how many programs a block of channels has."""
     images, height, width, dim = shape
-    columns = _columns(images, height, width, cdiv(dim, BLOCK), config, multiprocessors(device) * config.programs)
-    strips = images * cdiv(height, config.rows) * cdiv(width, columns)
+    bands, wanted = images * cdiv(height, config.rows), multiprocessors(device) * config.programs
+    columns = segment_steps(bands, width, STRIPS, cdiv(dim, BLOCK), wanted, config.unrolled)
+    strips = bands * cdiv(width, columns)
     leading = {
         f"{name}_{axis}": step for name, steps in strides.items() for axis, step in zip("bhw", steps, strict=False)
     }

@@ -151,6 +151,21 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.lru_cache(maxsize=1024)
+def segment_steps(lines: int, length: int, together: int, walks: int, wanted: int, unrolled: int) -> int:
+    """Steps of the segments of ``lines`` of a length, so many ``together`` in a program, each walked ``walks`` times.
+
+    Few long ones look beyond their ends seldom; short ones fill the device, which has room for so many programs as are
+    ``wanted``, and leave no program to be waited for.
+    """
+
+    def cost(steps: int) -> int:
+        waves = cdiv(cdiv(lines * cdiv(length, steps), together) * walks, wanted)
+        return waves * (steps + 6)
+
+    return min(range(unrolled, 129, unrolled), key=cost)
+
+
 def dense(tensor: Tensor) -> Tensor:
     """The kernels assume a dense last axis, and nothing about the others."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
