@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numba
 import numpy as np
@@ -270,5 +270,6 @@ def run_tasks(kernel: Callable, num_tasks: int, nanoseconds: float, *args) -> No
         _pool(os.getpid(), threads).submit(kernel, 0, 1, start, stop, args)
         for start, stop in itertools.pairwise(bounds)
     ]
+    wait(futures)  # all of them, before an error lets the caller free what the others still write to
     for future in futures:
         future.result()
