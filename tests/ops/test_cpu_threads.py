@@ -101,7 +101,7 @@ def _fails_in_the_second_part(openmp, threads, start, stop, args):
     if start == 2:  # not done when the error is there
         for i in range(5_000_000):
             work += math.sin(i)
-    marks[start] = stop + int(0.0 * work)
+    marks[start] = stop if work < 1e9 else 0  # a sum that nobody reads would not be computed
     if start == 1:
         raise MemoryError("no memory")
 
